@@ -1,0 +1,108 @@
+"""What every pass is: a frozen dataclass of options that proposes, applies and reverts edits.
+
+A pass decides nothing about selection. It is handed the sites that a rule selected, says for
+each what it would do (``propose``, which changes nothing), and later does exactly that
+(``apply``) or takes it back (``revert``), one edit at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from surgery.record import Edit, Record
+from surgery.select import Match, ModelMap, Site
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a pass may look at while it proposes.
+
+    Attributes:
+        model: The model as it is; never changed during planning.
+        map: Its sites, stacks and roles.
+        rule: Id of the rule being planned.
+        seed: The recipe's seed.
+        earlier: Edits of earlier rules of this recipe, then this rule's own are proposed.
+        record: What was applied to the model before, if anything.
+    """
+
+    model: nn.Module
+    map: ModelMap
+    rule: str
+    seed: int
+    earlier: Sequence[Edit]
+    record: Record | None
+
+
+@dataclass
+class ApplyContext:
+    """What a pass needs while it applies or reverts.
+
+    Attributes:
+        seed: The recipe's seed.
+        kept: Copies of stock tensors the pass changes, by full name (``keep_base: memory``).
+    """
+
+    seed: int
+    kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    _modules: dict[int, dict[str, nn.Module]] = field(default_factory=dict[int, Any])
+
+    def module(self, model: nn.Module, path: str) -> nn.Module:
+        """The module at a dotted path; the tree is walked once, not once per call."""
+        known = self._modules.get(id(model))
+        if known is None:
+            known = dict(model.named_modules(remove_duplicate=False))
+            self._modules[id(model)] = known
+        return known[path]
+
+    @contextmanager
+    def generator(self, name: str) -> Iterator[torch.Generator]:
+        """A CPU generator seeded from the recipe's seed and ``name`` alone.
+
+        The global generator is untouched, and every rank of a distributed run agrees.
+        """
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        yield torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Pass(ABC):
+    """A rewrite by name: its dataclass fields are the options of a rule's ``with``.
+
+    Subclasses are frozen pydantic dataclasses, so that a rule file's options are checked when
+    they are read and print back as they were. The first line of a subclass's docstring states
+    its contract.
+    """
+
+    name: ClassVar[str]
+    needs_example: ClassVar[bool] = False
+    #: Passes that train only what they insert turn ``requires_grad`` of the rest off.
+    freezes_model: ClassVar[bool] = False
+
+    @abstractmethod
+    def accepts(self, site: Site) -> Match:
+        """Whether this pass can edit a site at all, with the reason."""
+
+    @abstractmethod
+    def propose(self, sites: Sequence[Site], context: PlanContext) -> Sequence[Edit]:
+        """The edits for the selected sites, in order. Changes nothing.
+
+        Raises:
+            RuleError: an option does not suit a site, such as a rank larger than its matrix.
+            Conflict: a site is in a state the pass cannot work on.
+        """
+
+    @abstractmethod
+    def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Carry out one edit. Leaves the site as it was if it raises."""
+
+    @abstractmethod
+    def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Take one applied edit back, bit for bit."""

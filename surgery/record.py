@@ -1,0 +1,209 @@
+"""What was done to a model: edits as data, and the log of them that the model carries.
+
+Everything here is JSON-able, so that the log survives ``deepcopy``, pickling and saving, and so
+that ``restore`` can repeat the edits on a model built anew without selecting sites again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from surgery.errors import CheckpointError
+
+FORMAT = 1
+ATTRIBUTE = "_surgery_record"
+
+ContractKind = Literal["exact", "close", "changes"]
+_STRICTEST_FIRST: tuple[ContractKind, ...] = ("exact", "close", "changes")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a pass promises about the model's outputs right after it is applied.
+
+    ``exact``: ``torch.equal`` on finite outputs. ``close``: within ``rtol`` and ``atol``.
+    ``changes``: the outputs are meant to change.
+    """
+
+    kind: ContractKind
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __str__(self) -> str:
+        if self.kind == "close":
+            return f"close (rtol {self.rtol:g}, atol {self.atol:g})"
+        return self.kind
+
+    @staticmethod
+    def weakest(contracts: Iterator[Contract]) -> Contract:
+        """The contract of several edits together: the least strict, with the widest bounds."""
+        found = [Contract("exact"), *contracts]
+        kind = max((c.kind for c in found), key=_STRICTEST_FIRST.index)
+        return Contract(kind, max(c.rtol for c in found), max(c.atol for c in found))
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor an edit adds. ``dtype`` is torch's name without the prefix, such as ``float32``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object."""
+        return cast("torch.dtype", getattr(torch, self.dtype))
+
+
+#: How an edit uses something of the model. Two ``extend`` commute, anything else does not.
+Use = Literal["extend", "replace"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One planned change at one site.
+
+    Attributes:
+        rule: Id of the rule that asked for it.
+        pass_name: Name of the pass that carries it out.
+        site: Dotted path of the module, or of the bare parameter, that is edited.
+        summary: The change in a few words, for the plan's table.
+        adds: Full dotted name → spec of every tensor that is added.
+        uses: What it touches → how; two edits whose uses do not commute are a conflict.
+        contract: What it promises.
+        payload: What the pass needs to carry it out again, JSON-able.
+        notes: Things the person should know, such as a weight that is shared.
+        reversible: Whether undo can take it back.
+    """
+
+    rule: str
+    pass_name: str
+    site: str
+    summary: str
+    adds: Mapping[str, TensorSpec]
+    uses: Mapping[str, Use]
+    contract: Contract
+    payload: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
+    reversible: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Edit:
+        """Back from ``to_dict``. Raises KeyError or TypeError when the data does not fit."""
+        fields = dict(data)
+        fields["adds"] = {
+            name: TensorSpec(tuple(spec["shape"]), spec["dtype"], spec["trainable"])
+            for name, spec in fields["adds"].items()
+        }
+        fields["contract"] = Contract(**fields["contract"])
+        fields["notes"] = tuple(fields["notes"])
+        return cls(**fields)
+
+
+@dataclass
+class Operation:
+    """One ``apply``: the recipe, its edits in order, and what undo must put back.
+
+    Attributes:
+        recipe: The recipe as data.
+        edits: What was done, in order.
+        options: Rule id → options of its pass, as data.
+        frozen: Parameters whose ``requires_grad`` was True and was turned off.
+        kept: Stock tensors a pass changed and keeps a copy of (``keep_base: memory``).
+    """
+
+    recipe: dict[str, Any]
+    edits: list[Edit]
+    options: dict[str, dict[str, Any]]
+    frozen: list[str] = field(default_factory=list[str])
+    kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data, without the kept tensors."""
+        return {
+            "recipe": self.recipe,
+            "options": self.options,
+            "edits": [edit.to_dict() for edit in self.edits],
+            "frozen": self.frozen,
+            "kept": sorted(self.kept),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Operation:
+        """Back from ``to_dict``."""
+        return cls(
+            recipe=dict(data["recipe"]),
+            edits=[Edit.from_dict(edit) for edit in data["edits"]],
+            options={name: dict(value) for name, value in data["options"].items()},
+            frozen=list(data["frozen"]),
+        )
+
+
+@dataclass
+class Record:
+    """The edit log of a model: its operations in the order they were applied."""
+
+    operations: list[Operation] = field(default_factory=list[Operation])
+
+    @property
+    def edits(self) -> list[Edit]:
+        """Every edit in force, in order."""
+        return [edit for operation in self.operations for edit in operation.edits]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data with the format's version."""
+        return {"format": FORMAT, "operations": [each.to_dict() for each in self.operations]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """Back from ``to_dict``.
+
+        Raises:
+            CheckpointError: the data is of a newer format or does not have its shape.
+        """
+        version = data.get("format")
+        if version != FORMAT:
+            raise CheckpointError(
+                f"the edit log has format {version!r}; this version reads format {FORMAT}",
+                hint="install the version of model-surgery that wrote it, or a newer one",
+            )
+        try:
+            return cls([Operation.from_dict(each) for each in data["operations"]])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the edit log is damaged: {error!r}") from None
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The edit log of a model, or None if nothing was ever applied to it."""
+    return cast("Record | None", model.__dict__.get(ATTRIBUTE))
+
+
+def set_record(model: nn.Module, record: Record | None) -> None:
+    """Put an edit log on a model; None, or one without operations, removes it."""
+    if record is None or not record.operations:
+        model.__dict__.pop(ATTRIBUTE, None)
+        return
+    model.__dict__[ATTRIBUTE] = record
