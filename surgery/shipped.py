@@ -1,0 +1,31 @@
+"""The rule files that ship with the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery.errors import SurgeryError
+
+
+def configs() -> Path:
+    """The folder of shipped configurations.
+
+    A wheel carries it inside the package; a checkout has it beside the package, where people
+    look for it. Both are the same files.
+
+    Raises:
+        SurgeryError: the installation has neither.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "rules").is_dir():
+            return folder
+    raise SurgeryError(
+        f"no shipped configurations beside or inside {package}",
+        hint="reinstall model-surgery: its wheel contains surgery/configs",
+    )
+
+
+def rules() -> dict[str, Path]:
+    """Shipped rule files by name, the name being the file's stem."""
+    return {path.stem: path for path in sorted((configs() / "rules").glob("*.yaml"))}
