@@ -1,0 +1,140 @@
+"""Declarative model surgery for PyTorch.
+
+Rewrite the architecture of a model you did not write with a short rule file: see the plan, apply
+it in place, prove what changed, undo it, save it, restore it::
+
+    model = surgery.load("timm:vit_small_patch16_224")
+    plan = surgery.plan(model, "rules.yaml")
+    print(plan)
+    plan.apply()
+    print(surgery.verify(model))
+    surgery.undo(model)
+
+Names are imported when they are first used: ``import surgery`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery import adapters, capture
+    from surgery.editing import undo
+    from surgery.checkpoints import restore, save
+    from surgery.errors import (
+        CaptureError,
+        CheckpointError,
+        Conflict,
+        ContractBroken,
+        ExportError,
+        ModelStateError,
+        NoMatch,
+        RuleError,
+        SourceError,
+        SurgeryError,
+    )
+    from surgery.passes.lowrank import LowRank
+    from surgery.planning import Plan, apply, plan
+    from surgery.rules import (
+        CreatedBy,
+        Layers,
+        Path,
+        Recipe,
+        Role,
+        Rule,
+        Shape,
+        Stack,
+        Type,
+        Where,
+    )
+    from surgery.select import inspect
+    from surgery.sources import Example, load
+    from surgery.verification import Report, verify
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, tuple[str, ...]] = {
+    "surgery.editing": ("undo",),
+    "surgery.checkpoints": ("restore", "save"),
+    "surgery.errors": (
+        "CaptureError",
+        "CheckpointError",
+        "Conflict",
+        "ContractBroken",
+        "ExportError",
+        "ModelStateError",
+        "NoMatch",
+        "RuleError",
+        "SourceError",
+        "SurgeryError",
+    ),
+    "surgery.passes.lowrank": ("LowRank",),
+    "surgery.planning": ("Plan", "apply", "plan"),
+    "surgery.rules": (
+        "CreatedBy",
+        "Layers",
+        "Path",
+        "Recipe",
+        "Role",
+        "Rule",
+        "Shape",
+        "Stack",
+        "Type",
+        "Where",
+    ),
+    "surgery.select": ("inspect",),
+    "surgery.sources": ("Example", "load"),
+    "surgery.verification": ("Report", "verify"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_SUBMODULES = ("adapters", "capture")
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "Conflict",
+    "ContractBroken",
+    "CreatedBy",
+    "Example",
+    "ExportError",
+    "Layers",
+    "LowRank",
+    "ModelStateError",
+    "NoMatch",
+    "Path",
+    "Plan",
+    "Recipe",
+    "Report",
+    "Role",
+    "Rule",
+    "RuleError",
+    "Shape",
+    "SourceError",
+    "Stack",
+    "SurgeryError",
+    "Type",
+    "Where",
+    "adapters",
+    "apply",
+    "capture",
+    "inspect",
+    "load",
+    "plan",
+    "restore",
+    "save",
+    "undo",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"surgery.{name}")
+    raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from surgery.capture.graft import check_graftable
 from surgery.record import Edit, Record
 from surgery.select import Match, ModelMap, Site
 
@@ -83,8 +84,6 @@ class Pass(ABC):
 
     name: ClassVar[str]
     needs_example: ClassVar[bool] = False
-    #: Passes that train only what they insert turn ``requires_grad`` of the rest off.
-    freezes_model: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, site: Site) -> Match:
@@ -98,6 +97,24 @@ class Pass(ABC):
             RuleError: an option does not suit a site, such as a rank larger than its matrix.
             Conflict: a site is in a state the pass cannot work on.
         """
+
+    def frozen(self, model: nn.Module, edits: Sequence[Edit], created: Set[str]) -> Iterable[str]:
+        """Names of the parameters that must stop requiring gradients once ``edits`` are applied.
+
+        Args:
+            model: The model, with every edit of the recipe applied.
+            edits: The edits of this pass's rule.
+            created: Names of all tensors that any edit, of this recipe or an earlier one, added.
+        """
+        return ()
+
+    def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Raise if ``revert`` could not take this edit back. Runs for all edits before any is.
+
+        Raises:
+            ModelStateError: somebody changed the site since, for example wrapped it.
+        """
+        check_graftable(context.module(model, edit.site), edit.site)
 
     @abstractmethod
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:

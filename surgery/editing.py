@@ -1,0 +1,168 @@
+"""Carry planned edits out, and take them back: in place, all or nothing, under one lock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import ModelStateError
+from surgery.passes.base import ApplyContext, Pass
+from surgery.record import Edit, Operation, Record, record_of, set_record
+from surgery.registry import PASSES
+
+# Forwards may run while a model is rewritten; two rewrites may not.
+_lock = threading.RLock()
+
+
+def carry_out(
+    model: nn.Module,
+    edits: Sequence[Edit],
+    passes: Mapping[str, Pass],
+    recipe: dict[str, Any],
+    options: dict[str, dict[str, Any]],
+    seed: int,
+) -> None:
+    """Apply edits in order and write them to the model's log; undo all of them if one fails.
+
+    Args:
+        model: Rewritten in place.
+        edits: What to do, from a plan or from a saved log.
+        passes: Rule id → the pass that does it.
+        recipe: The recipe as data, for the log.
+        options: Rule id → the pass's options as data, for the log.
+        seed: The recipe's seed.
+    """
+    with _lock:
+        operation = Operation(recipe=recipe, edits=list(edits), options=options)
+        context = ApplyContext(seed, operation.kept)
+        takebacks: list[Callable[[], None]] = []
+        try:
+            for edit in edits:
+                passes[edit.rule].apply(model, edit, context)
+                takebacks.append(_takeback(passes[edit.rule], model, edit, context))
+            _freeze(model, operation, passes, takebacks)
+        except BaseException:
+            for take_back in reversed(takebacks):
+                take_back()
+            raise
+        record = record_of(model) or Record()
+        set_record(model, Record([*record.operations, operation]))
+
+
+def repeat(model: nn.Module, record: Record) -> None:
+    """Do again, on a model built anew, everything an edit log says was done.
+
+    Raises:
+        ModelStateError: the model has an edit log already.
+    """
+    if record_of(model) is not None:
+        raise ModelStateError(
+            "the model was rewritten already, so a saved edit log cannot be repeated on it",
+            hint="pass a model as it was built",
+        )
+    for operation in record.operations:
+        passes = {rule: _rebuild_pass(operation, rule) for rule in operation.options}
+        seed = int(operation.recipe.get("seed", 0))
+        carry_out(model, operation.edits, passes, operation.recipe, operation.options, seed)
+
+
+def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
+    """Take back what was applied to a model, in place, newest first.
+
+    What a rewrite added is removed and what it changed is put back bit for bit. Stock parameters
+    that were trained meanwhile keep their trained values.
+
+    Args:
+        model: A model that ``apply`` rewrote.
+        last: How many applications to take back; all of them by default.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelStateError: nothing was applied, ``last`` is out of range, an edit cannot be taken
+            back, or the model was wrapped since. The model is unchanged then.
+    """
+    with _lock:
+        record = record_of(model)
+        if record is None:
+            raise ModelStateError(
+                "nothing to undo: no rewrite was applied to this model",
+                hint="pass the root module that surgery.apply was given",
+            )
+        count = len(record.operations) if last is None else last
+        if not 1 <= count <= len(record.operations):
+            raise ModelStateError(
+                f"last={last} is out of range: {len(record.operations)} applications can be undone"
+            )
+        going = list(reversed(record.operations))[:count]
+        for operation in going:
+            _check_revertible(model, operation)
+        for operation in going:
+            _revert(model, operation)
+            set_record(model, Record(record.operations[: record.operations.index(operation)]))
+        return model
+
+
+def _check_revertible(model: nn.Module, operation: Operation) -> None:
+    lasting = [edit for edit in operation.edits if not edit.reversible]
+    if lasting:
+        raise ModelStateError(
+            f"rule {lasting[0].rule!r} changed {lasting[0].site} for good ({lasting[0].summary})",
+            hint="it was applied with keep_base: none; load the original model again",
+        )
+    context = ApplyContext(0, operation.kept)
+    for edit in operation.edits:
+        _rebuild_pass(operation, edit.rule).check_revertible(model, edit, context)
+
+
+def _revert(model: nn.Module, operation: Operation) -> None:
+    passes = {rule: _rebuild_pass(operation, rule) for rule in operation.options}
+    context = ApplyContext(0, operation.kept)
+    for edit in reversed(operation.edits):
+        passes[edit.rule].revert(model, edit, context)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in operation.frozen:
+        parameters[name].requires_grad_(True)
+
+
+def _rebuild_pass(operation: Operation, rule: str) -> Pass:
+    name = next(edit.pass_name for edit in operation.edits if edit.rule == rule)
+    made = PASSES.get(name)(**operation.options[rule])
+    assert isinstance(made, Pass)
+    return made
+
+
+def _takeback(
+    edited_by: Pass, model: nn.Module, edit: Edit, context: ApplyContext
+) -> Callable[[], None]:
+    return lambda: edited_by.revert(model, edit, context)
+
+
+def _freeze(
+    model: nn.Module,
+    operation: Operation,
+    passes: Mapping[str, Pass],
+    takebacks: list[Callable[[], None]],
+) -> None:
+    """Turn gradients off where a pass wants it, and log which were on."""
+    earlier = record_of(model) or Record()
+    created = {name for edit in (*earlier.edits, *operation.edits) for name in edit.adds}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted: dict[str, None] = {}
+    for rule, made in passes.items():
+        edits = [edit for edit in operation.edits if edit.rule == rule]
+        wanted.update(dict.fromkeys(made.frozen(model, edits, created)))
+    for name in wanted:
+        parameter = parameters[name]
+        if parameter.requires_grad:
+            takebacks.append(_thaw(parameter))
+            parameter.requires_grad_(False)
+            operation.frozen.append(name)
+
+
+def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
+    return lambda: parameter.requires_grad_(True) and None
