@@ -1,0 +1,372 @@
+"""The ``surgery`` command: the public API's verbs, one command each.
+
+Results go to stdout, as tables or with ``--json`` as JSON; messages, progress and errors go to
+stderr. Exit codes: 0 done, 2 wrong usage, 1 a file could not be read or written, 70 a bug, 130
+interrupted, and one per error class of ``surgery.errors``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+import surgery
+from surgery import progress, registry, shipped
+from surgery.errors import SourceError
+from surgery.terminal import OK, Session
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+app = typer.Typer(
+    name="surgery",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, transformers:ARCH, diffusers:CLASS, hub:ID, or an existing folder.",
+        show_default=False,
+    ),
+]
+Rules = Annotated[
+    Path, typer.Argument(metavar="RULES", help="A rule file (YAML).", show_default=False)
+]
+Saved = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A folder written by surgery apply.", show_default=False),
+]
+Config = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="KEY=VALUE",
+        help="Override one field of the model's config; VALUE is read as YAML. Repeatable.",
+    ),
+]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="Load pretrained weights instead of random ones.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to build the model: cpu, cuda, cuda:1, meta.")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Example = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A safetensors file of forward arguments by name, where none can be inferred.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like sites.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+
+
+class Kind(StrEnum):
+    """What ``surgery list`` can list."""
+
+    PASSES = "passes"
+    METHODS = "methods"
+    TOPOLOGIES = "topologies"
+    FORMATS = "formats"
+    RULES = "rules"
+
+
+REGISTRIES = {
+    Kind.PASSES: registry.PASSES,
+    Kind.METHODS: registry.ADAPTERS,
+    Kind.TOPOLOGIES: registry.TOPOLOGIES,
+    Kind.FORMATS: registry.FORMATS,
+}
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"model-surgery {surgery.__version__}")
+        raise typer.Exit(OK)
+
+
+@app.callback(epilog="Each command explains itself: surgery COMMAND --help")
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Rewrite the architecture of a PyTorch model from a short rule file, with proof."""
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Model,
+    *,
+    config: Config = None,
+    pretrained: Pretrained = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    example: Example = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a rule could name: sites with their types, roles, shapes and stacks."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        with current.running():
+            loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
+            with progress.task("reading the structure"):
+                found = surgery.inspect(loaded, example=read_example(example))
+        current.result(found, found.to_dict())
+
+
+@app.command()
+def plan(
+    model: Model,
+    rules: Rules,
+    *,
+    config: Config = None,
+    pretrained: Pretrained = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    example: Example = None,
+    full: Full = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a rule file would do to a model. Changes and writes nothing."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        with current.running():
+            recipe = surgery.Recipe.load(rules)
+            loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
+            with progress.task("planning"):
+                made = surgery.plan(loaded, recipe, example=read_example(example))
+        current.result(made.view(full=full), made.to_dict())
+
+
+@app.command()
+def apply(
+    model: Model,
+    rules: Rules,
+    *,
+    out: Out,
+    config: Config = None,
+    pretrained: Pretrained = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    example: Example = None,
+    full: Full = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite a model, verify it, and save it. Nothing is saved when a contract is broken."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        with current.running():
+            recipe = surgery.Recipe.load(rules)
+            inputs = read_example(example)
+            loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
+            with progress.task("planning"):
+                made = surgery.plan(loaded, recipe, example=inputs)
+            with progress.task("applying"):
+                made.apply()
+            with progress.task("verifying"):
+                report = surgery.verify(loaded, example=inputs)
+            if report.ok:
+                surgery.save(loaded, out)
+        shown = Group(made.view(full=full), report)
+        data = {"plan": made.to_dict(), "verify": report.to_dict(), "out": str(out)}
+        current.result(shown, data)
+        report.check()
+        current.note(f"saved to {out}")
+
+
+@app.command()
+def verify(
+    folder: Saved,
+    *,
+    example: Example = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a saved rewrite against what its passes promised. Fails if a contract is broken."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        with current.running():
+            with progress.task(f"restoring {folder}"):
+                model = surgery.restore(folder, device=device or "cpu")
+            with progress.task("verifying"):
+                report = surgery.verify(model, example=read_example(example))
+        current.result(report, report.to_dict())
+        report.check()
+
+
+@app.command()
+def undo(
+    folder: Saved,
+    *,
+    out: Out,
+    device: Device = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Take a saved rewrite back and save the model as it was before."""
+    with session(quiet=quiet, debug=debug) as current:
+        with current.running():
+            with progress.task(f"restoring {folder}"):
+                model = surgery.restore(folder, device=device or "cpu")
+            surgery.undo(model)
+            surgery.save(model, out)
+        current.note(f"saved to {out}")
+
+
+@app.command()
+def schema(
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write to a file.")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON schema of rule files, which editors use for completion."""
+    with session(as_json=True, quiet=quiet, debug=debug) as current:
+        with current.running():
+            data = surgery.schema()
+        if out is None:
+            current.result("", data)
+            return
+        current.write_json(out, data)
+        current.note(f"saved to {out}")
+
+
+@app.command("list")
+def list_names(
+    kind: Annotated[Kind | None, typer.Argument(help="One kind only.", show_default=False)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """List passes, methods, topologies, formats and shipped rule files. Imports none of them."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        found = {each.value: entries(each) for each in ([kind] if kind else Kind)}
+        current.result(names_view(found), found)
+
+
+@contextmanager
+def session(
+    *, as_json: bool = False, quiet: bool = False, debug: bool = False
+) -> Generator[Session]:
+    """A session whose errors end the command with their exit code and without a traceback."""
+    current = Session(as_json=as_json, quiet=quiet, debug=debug)
+    try:
+        yield current
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost frame: told, and turned into the exit code
+        raise typer.Exit(current.failed(error)) from None
+
+
+def load(
+    model: str, config: list[str] | None, *, pretrained: bool, device: str | None, dtype: str | None
+) -> nn.Module:
+    """The model a command was given: a rewritten one from its folder, or a stock one."""
+    folder = Path(model)
+    if (folder / "surgery.json").is_file():
+        with progress.task(f"restoring {model}"):
+            return surgery.restore(folder, device=device or "cpu")
+    with progress.task(f"loading {model}"):
+        return surgery.load(
+            model,
+            config=overrides(config or []),
+            pretrained=pretrained,
+            device=device,
+            dtype=None if dtype is None else dtype_named(dtype),
+        )
+
+
+def overrides(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` options as data, each value read as YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"expected KEY=VALUE, received {pair!r}")
+        try:
+            found[key] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError as error:
+            raise typer.BadParameter(f"the value of {key!r} is not YAML: {error}") from None
+    return found
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """A floating-point dtype by torch's name for it."""
+    import torch
+
+    known = {"float32", "bfloat16", "float16", "float64"}
+    if name not in known:
+        raise typer.BadParameter(f"unknown dtype {name!r}: {registry.suggest(name, known)}")
+    return getattr(torch, name)
+
+
+def read_example(path: Path | None) -> dict[str, torch.Tensor] | None:
+    """Forward arguments by name from a safetensors file."""
+    if path is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SourceError(f"{path} is not a safetensors file: {error}") from None
+
+
+def entries(kind: Kind) -> list[dict[str, str]]:
+    """What is registered or shipped under one kind: names and where each comes from."""
+    if kind is Kind.RULES:
+        return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
+    found = REGISTRIES[kind]
+    return [{"name": name, "origin": found.origin(name)} for name in found.names()]
+
+
+def names_view(found: dict[str, list[dict[str, str]]]) -> Table:
+    """Names by kind as a table."""
+    table = Table("kind", "name", "from")
+    for kind, names in found.items():
+        for entry in names:
+            table.add_row(kind, Text(entry["name"]), Text(entry["origin"]))
+    return table
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
