@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery import adapters, capture
-    from surgery.editing import undo
     from surgery.checkpoints import restore, save
+    from surgery.editing import undo
     from surgery.errors import (
         CaptureError,
         CheckpointError,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import cast
 
 from torch import nn
 
@@ -12,35 +12,26 @@ from surgery.errors import ModelStateError
 from surgery.passes.base import ApplyContext, Pass
 from surgery.record import Edit, Operation, Record, record_of, set_record
 from surgery.registry import PASSES
+from surgery.tree import named_parameters
 
 # Forwards may run while a model is rewritten; two rewrites may not.
 _lock = threading.RLock()
 
 
-def carry_out(
-    model: nn.Module,
-    edits: Sequence[Edit],
-    passes: Mapping[str, Pass],
-    recipe: dict[str, Any],
-    options: dict[str, dict[str, Any]],
-    seed: int,
-) -> None:
-    """Apply edits in order and write them to the model's log; undo all of them if one fails.
+def carry_out(model: nn.Module, operation: Operation, passes: Mapping[str, Pass]) -> None:
+    """Apply an operation's edits in order and log it; undo all of them if one fails.
 
     Args:
         model: Rewritten in place.
-        edits: What to do, from a plan or from a saved log.
+        operation: What to do, from a plan or from a saved log. ``frozen`` and ``kept`` are
+            filled in.
         passes: Rule id → the pass that does it.
-        recipe: The recipe as data, for the log.
-        options: Rule id → the pass's options as data, for the log.
-        seed: The recipe's seed.
     """
     with _lock:
-        operation = Operation(recipe=recipe, edits=list(edits), options=options)
-        context = ApplyContext(seed, operation.kept)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
         takebacks: list[Callable[[], None]] = []
         try:
-            for edit in edits:
+            for edit in operation.edits:
                 passes[edit.rule].apply(model, edit, context)
                 takebacks.append(_takeback(passes[edit.rule], model, edit, context))
             _freeze(model, operation, passes, takebacks)
@@ -65,8 +56,8 @@ def repeat(model: nn.Module, record: Record) -> None:
         )
     for operation in record.operations:
         passes = {rule: _rebuild_pass(operation, rule) for rule in operation.options}
-        seed = int(operation.recipe.get("seed", 0))
-        carry_out(model, operation.edits, passes, operation.recipe, operation.options, seed)
+        fresh = Operation(operation.recipe, operation.edits, operation.options)
+        carry_out(model, fresh, passes)
 
 
 def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
@@ -124,16 +115,14 @@ def _revert(model: nn.Module, operation: Operation) -> None:
     context = ApplyContext(0, operation.kept)
     for edit in reversed(operation.edits):
         passes[edit.rule].revert(model, edit, context)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model))
     for name in operation.frozen:
         parameters[name].requires_grad_(True)
 
 
 def _rebuild_pass(operation: Operation, rule: str) -> Pass:
     name = next(edit.pass_name for edit in operation.edits if edit.rule == rule)
-    made = PASSES.get(name)(**operation.options[rule])
-    assert isinstance(made, Pass)
-    return made
+    return cast("Pass", PASSES.get(name)(**operation.options[rule]))
 
 
 def _takeback(
@@ -151,7 +140,7 @@ def _freeze(
     """Turn gradients off where a pass wants it, and log which were on."""
     earlier = record_of(model) or Record()
     created = {name for edit in (*earlier.edits, *operation.edits) for name in edit.adds}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model))
     wanted: dict[str, None] = {}
     for rule, made in passes.items():
         edits = [edit for edit in operation.edits if edit.rule == rule]

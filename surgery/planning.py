@@ -16,10 +16,11 @@ from surgery.editing import carry_out
 from surgery.errors import Conflict, ModelStateError, NoMatch, RuleError, SurgeryError
 from surgery.passes.base import Pass, PlanContext
 from surgery.preflight import preflight
-from surgery.record import Contract, Edit, Record, record_of
+from surgery.record import Contract, Edit, Operation, Record, record_of
 from surgery.rules import Recipe, Rule
 from surgery.select import ModelMap, Selection, select
 from surgery.table import collapse, human_bytes, human_count, render
+from surgery.tree import named_modules, named_parameters, own_parameters
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -82,7 +83,7 @@ class Plan:
         """Predicted sizes."""
         added = {name: spec for edit in self.edits for name, spec in edit.adds.items()}
         frozen = self._frozen_names()
-        stock = {id(p): (name, p) for name, p in self.model.named_parameters()}
+        stock = {id(p): (name, p) for name, p in named_parameters(self.model)}
         trainable = sum(
             p.numel() for name, p in stock.values() if p.requires_grad and name not in frozen
         )
@@ -112,9 +113,7 @@ class Plan:
             )
         target = _deepcopy(self.model) if copy else self.model
         options = {rule: options_of(made) for rule, made in self.passes.items()}
-        carry_out(
-            target, self.edits, self.passes, self.recipe.dump(), options, self.recipe.seed
-        )
+        carry_out(target, Operation(self.recipe.dump(), list(self.edits), options), self.passes)
         return target
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,7 +234,9 @@ def plan(model: nn.Module, recipe: RecipeLike, *, example: Any = None) -> Plan:
         warnings.extend(f"rule {rule.id!r}: {text}" for text in chosen.warnings)
         near[rule.id] = chosen.near
         edits.extend(_propose(model, sites, wanted, rule, made, chosen, edits))
-        sites = sites.with_created(rule.id, [name for e in edits if e.rule == rule.id for name in e.adds])
+        sites = sites.with_created(
+            rule.id, [name for e in edits if e.rule == rule.id for name in e.adds]
+        )
     return Plan(
         model=model,
         recipe=wanted,
@@ -286,12 +287,10 @@ def as_recipe(recipe: RecipeLike) -> Recipe:
 def fingerprint(model: nn.Module) -> str:
     """A digest of a model's structure: module classes, parameter names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_modules(model):
         digest.update(f"{path}:{id(type(module))};".encode())
-        own = module._parameters.items()  # pyright: ignore[reportPrivateUsage]
-        for name, tensor in own:
-            if tensor is not None:
-                digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        for name, tensor in own_parameters(module).items():
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from surgery.capture.graft import mark
 from surgery.errors import Conflict, ModelStateError
 from surgery.record import record_of
+from surgery.tree import named_modules
 
 # Module prefix of a class in the MRO → (what it is, the order that works). Nothing is imported.
 _WRAPPERS: dict[str, tuple[str, str]] = {
@@ -57,7 +58,7 @@ def preflight(model: nn.Module) -> None:
         Conflict: another tool has rewritten it already.
     """
     carries_graft: str | None = None
-    for path, module in model.named_modules():
+    for path, module in named_modules(model, duplicates=False):
         where = path or type(model).__name__
         _refuse_class(type(module), where)
         _refuse_state(module, where)

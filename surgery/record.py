@@ -19,7 +19,7 @@ FORMAT = 1
 ATTRIBUTE = "_surgery_record"
 
 ContractKind = Literal["exact", "close", "changes"]
-_STRICTEST_FIRST: tuple[ContractKind, ...] = ("exact", "close", "changes")
+_WEAKEST_FIRST: tuple[ContractKind, ...] = ("changes", "close", "exact")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Contract:
     def weakest(contracts: Iterator[Contract]) -> Contract:
         """The contract of several edits together: the least strict, with the widest bounds."""
         found = [Contract("exact"), *contracts]
-        kind = max((c.kind for c in found), key=_STRICTEST_FIRST.index)
+        kinds = {contract.kind for contract in found}
+        kind: ContractKind = next(kind for kind in _WEAKEST_FIRST if kind in kinds)
         return Contract(kind, max(c.rtol for c in found), max(c.atol for c in found))
 
 

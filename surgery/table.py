@@ -42,7 +42,7 @@ def collapse(paths: Sequence[str]) -> str:
         return paths[0]
     if len({tuple("#" if part.isdigit() else part for part in parts) for parts in split}) > 1:
         return ", ".join(paths)
-    columns = [sorted({part for part in column}, key=_number_first) for column in zip(*split)]
+    columns = [sorted(set(column), key=_number_first) for column in zip(*split, strict=True)]
     shape = ".".join(_ranges(column) for column in columns)
     return f"{shape}  ({len(paths)} sites)"
 

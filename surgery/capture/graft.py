@@ -155,12 +155,13 @@ def _make_class(wanted: Mark) -> type[nn.Module]:
         MARK: wanted,
     }
     bases = (*wanted.mixins, base)
-    return types.new_class(base.__name__, bases, {"metaclass": type(base)}, namespace.update)
+    return types.new_class(
+        base.__name__, bases, {"metaclass": type(base)}, lambda body: body.update(namespace)
+    )
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    found = mark(self)
-    assert found is not None
+    found = cast("Mark", mark(self))
     make, args, *state = super(type(self), self).__reduce_ex__(protocol)
     if make is not copyreg.__newobj__ or args != (type(self),):  # type: ignore[attr-defined]
         raise ModelStateError(

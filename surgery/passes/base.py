@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from torch import nn
 from surgery.capture.graft import check_graftable
 from surgery.record import Edit, Record
 from surgery.select import Match, ModelMap, Site
+from surgery.tree import named_modules
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ApplyContext:
         """The module at a dotted path; the tree is walked once, not once per call."""
         known = self._modules.get(id(model))
         if known is None:
-            known = dict(model.named_modules(remove_duplicate=False))
+            known = dict(named_modules(model))
             self._modules[id(model)] = known
         return known[path]
 
@@ -98,7 +100,9 @@ class Pass(ABC):
             Conflict: a site is in a state the pass cannot work on.
         """
 
-    def frozen(self, model: nn.Module, edits: Sequence[Edit], created: Set[str]) -> Iterable[str]:
+    def frozen(
+        self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
+    ) -> Iterable[str]:
         """Names of the parameters that must stop requiring gradients once ``edits`` are applied.
 
         Args:
