@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types bench clean
+.PHONY: help setup demo test lint types bench api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -52,6 +52,9 @@ types: $(VENV)/.installed ## Check types
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
+	$(BIN)/python -m tests.test_public_api
 
 clean: ## Remove the environment and everything generated
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs demo-out
