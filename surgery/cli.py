@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group
@@ -27,6 +27,36 @@ from surgery.terminal import OK, Session
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+def known_device(name: str | None) -> str | None:
+    """The name, if torch knows such a device."""
+    import torch
+
+    try:
+        return None if name is None else str(torch.device(name))
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error).partition("\n")[0]) from None
+
+
+class Precision(StrEnum):
+    """Floating-point formats a model can be cast to, by torch's names."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
+
+class Kind(StrEnum):
+    """What ``surgery list`` can list."""
+
+    PASSES = "passes"
+    METHODS = "methods"
+    TOPOLOGIES = "topologies"
+    FORMATS = "formats"
+    RULES = "rules"
+
 
 app = typer.Typer(
     name="surgery",
@@ -63,9 +93,13 @@ Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="Load pretrained weights instead of random ones.")
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where to build the model: cpu, cuda, cuda:1, meta.")
+    str | None,
+    typer.Option(
+        help="Where to build the model: cpu, cuda, cuda:1, meta.",
+        callback=known_device,
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[Precision | None, typer.Option(help="Cast the weights.")]
 Example = Annotated[
     Path | None,
     typer.Option(
@@ -80,16 +114,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead
 Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like sites.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
-
-
-class Kind(StrEnum):
-    """What ``surgery list`` can list."""
-
-    PASSES = "passes"
-    METHODS = "methods"
-    TOPOLOGIES = "topologies"
-    FORMATS = "formats"
-    RULES = "rules"
 
 
 REGISTRIES = {
@@ -289,9 +313,16 @@ def session(
 
 
 def load(
-    model: str, config: list[str] | None, *, pretrained: bool, device: str | None, dtype: str | None
+    model: str,
+    config: list[str] | None,
+    *,
+    pretrained: bool,
+    device: str | None,
+    dtype: Precision | None,
 ) -> nn.Module:
     """The model a command was given: a rewritten one from its folder, or a stock one."""
+    import torch
+
     folder = Path(model)
     if (folder / "surgery.json").is_file():
         with progress.task(f"restoring {model}"):
@@ -302,7 +333,7 @@ def load(
             config=overrides(config or []),
             pretrained=pretrained,
             device=device,
-            dtype=None if dtype is None else dtype_named(dtype),
+            dtype=None if dtype is None else getattr(torch, dtype),
         )
 
 
@@ -317,20 +348,10 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise typer.BadParameter(f"expected KEY=VALUE, received {pair!r}")
         try:
-            found[key] = YAML(typ="safe", pure=True).load(text)
+            found[key] = cast("Any", YAML(typ="safe", pure=True)).load(text)
         except YAMLError as error:
             raise typer.BadParameter(f"the value of {key!r} is not YAML: {error}") from None
     return found
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """A floating-point dtype by torch's name for it."""
-    import torch
-
-    known = {"float32", "bfloat16", "float16", "float64"}
-    if name not in known:
-        raise typer.BadParameter(f"unknown dtype {name!r}: {registry.suggest(name, known)}")
-    return getattr(torch, name)
 
 
 def read_example(path: Path | None) -> dict[str, torch.Tensor] | None:
@@ -338,7 +359,7 @@ def read_example(path: Path | None) -> dict[str, torch.Tensor] | None:
     if path is None:
         return None
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     try:
         return load_file(path)

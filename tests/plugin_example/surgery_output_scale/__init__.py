@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
 from surgery.capture.graft import graft, ungraft
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.record import Contract, Edit, TensorSpec
 from surgery.select import Match, Site
-from torch import Tensor, nn
 
 
 class Scaled:
