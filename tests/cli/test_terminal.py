@@ -95,10 +95,13 @@ def test_quiet_leaves_results_and_errors(capsys: pytest.CaptureFixture[str]):
 def draw(seconds: float, *, terminal: bool) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100)
-    with Bars(console, shown=True) as bars, progress.listen(bars):
-        with progress.task("writing shards", total=4_000_000_000, unit="bytes") as task:
-            task.advance(1_000_000_000)
-            time.sleep(seconds)
+    with (
+        Bars(console, shown=True) as bars,
+        progress.listen(bars),
+        progress.task("writing shards", total=4_000_000_000, unit="bytes") as task,
+    ):
+        task.advance(1_000_000_000)
+        time.sleep(seconds)
     return stream.getvalue()
 
 
