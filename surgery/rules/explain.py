@@ -1,0 +1,271 @@
+"""Turns what pydantic found wrong into sentences, and sentences into one ``RuleError``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import RuleError
+from surgery.registry import suggest
+from surgery.rules.yaml import Loc, child, has, locate
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+MOST = 20
+"""Most problems that one error lists."""
+
+Hint = Callable[[Loc, str], str]
+"""Place of a mapping and a key it does not know → what to do about it."""
+
+_EXPECTED: Mapping[str, str] = {
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dataclass_exact_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "dict_type": "a mapping",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "an integer",
+    "int_parsing": "an integer",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "mapping_type": "a mapping",
+    "model_type": "a mapping",
+    "none_required": "nothing",
+    "string_sub_type": "a string",
+    "string_type": "a string",
+    "tuple_type": "a list",
+}
+_BOUNDS: Mapping[str, str] = {
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "finite_number": "a finite number",
+}
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        loc: Keys and indices that lead to it from the top of the document.
+        message: What was received and what was expected.
+        hint: What to do about it.
+        at_key: Whether the key itself is wrong, not its value.
+        expected: For a value of the wrong type, the type it should have.
+    """
+
+    loc: Loc
+    message: str
+    hint: str | None = None
+    at_key: bool = False
+    expected: str | None = None
+
+
+class Invalid(Exception):
+    """Carries problems up to where the file and its lines are known."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+def describe(value: object) -> str:
+    """A value as an error message calls it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"the string {shorten(value)!r}"
+    if isinstance(value, int):
+        return f"the integer {value}"
+    if isinstance(value, float):
+        return f"the number {value}"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if isinstance(value, list) else "a tuple"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"an object of type {type(value).__name__}"
+
+
+def shorten(text: str) -> str:
+    """``text``, its middle left out if it is long."""
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
+
+
+def explain(error: ValidationError, data: object, hint: Hint) -> list[Problem]:
+    """The problems behind a pydantic error, in the order of the document.
+
+    Args:
+        error: What pydantic raised.
+        data: What was validated.
+        hint: What to suggest for an unknown key.
+    """
+    found = [
+        _problem(item, data, hint)
+        for item in error.errors(include_url=False)  # each with type, loc, input, msg, ctx
+    ]
+    return _join_alternatives(found)
+
+
+def _problem(item: Mapping[str, Any], data: object, hint: Hint) -> Problem:
+    kind, given = str(item["type"]), item.get("input")
+    context: Mapping[str, Any] = item.get("ctx") or {}
+    loc = _within(item["loc"], data)
+    if kind == "surgery":
+        at: Loc = context["at"]
+        return Problem((*loc, *at), context["message"], context["hint"], context["at_key"])
+    if kind == "missing":
+        return Problem(loc, f"missing key {item['loc'][-1]!r}")
+    if kind in _UNKNOWN:
+        key = str(item["loc"][-1])
+        return Problem(loc, f"unknown key {key!r}", hint(loc[:-1], key), at_key=True)
+    if kind == "tuple_type" and isinstance(given, list):
+        return _wrong_type(loc, "a tuple", given)
+    if kind == "unexpected_positional_argument":
+        return Problem((), f"too many arguments, the first of them {describe(given)}")
+    if kind in _EXPECTED:
+        return _wrong_type(loc, _EXPECTED[kind], given)
+    if kind in ("literal_error", "enum"):
+        return _wrong_choice(loc, str(context["expected"]), given)
+    if kind in _BOUNDS:
+        bound = _BOUNDS[kind].format(**context)
+        return Problem(loc, f"must be {bound}, got {_bare(given)}")
+    if kind in ("value_error", "assertion_error"):
+        return Problem(loc, f"{context['error']}")
+    message = str(item["msg"])
+    return Problem(loc, f"{message[:1].lower()}{message[1:]}, got {describe(given)}")
+
+
+def _within(loc: Sequence[str | int], data: object) -> Loc:
+    """The part of ``loc`` that leads through ``data``.
+
+    Pydantic mixes in the names of the branches of a union and, for a missing key, its name.
+    """
+    way: list[str | int] = []
+    for step in loc:
+        if has(data, step):
+            way.append(step)
+            data = child(data, step)
+    return tuple(way)
+
+
+def _wrong_type(loc: Loc, expected: str, given: object) -> Problem:
+    hint = None
+    if isinstance(given, str) and expected in ("an integer", "a number"):
+        hint = "remove the quotes" if _is_number(given) else None
+    if isinstance(given, str) and expected == "true or false":
+        hint = "write true or false, without quotes; yes, no, on and off are plain text"
+    if given is None:
+        hint = "give it a value, or leave the key out to use the default"
+    return Problem(loc, f"expected {expected}, got {describe(given)}", hint, expected=expected)
+
+
+def _wrong_choice(loc: Loc, expected: str, given: object) -> Problem:
+    choices = re.findall(r"'([^']*)'", expected)
+    near = suggest(given, choices) if isinstance(given, str) and choices else None
+    hint = near if near is not None and near.startswith("did you mean") else None
+    return Problem(loc, f"expected {expected}, got {describe(given)}", hint, expected=expected)
+
+
+def _bare(value: object) -> str:
+    return str(value) if isinstance(value, int | float) else describe(value)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", text) is not None
+
+
+def _join_alternatives(problems: Sequence[Problem]) -> list[Problem]:
+    """One problem where the branches of a union each complain about the same value."""
+    joined: dict[Loc, Problem] = {}
+    others: list[Problem] = []
+    for problem in problems:
+        earlier = joined.get(problem.loc)
+        if problem.expected is None:
+            others.append(problem)
+        elif earlier is None or earlier.expected is None:
+            joined[problem.loc] = problem
+        elif problem.expected not in earlier.expected:
+            either = f"{earlier.expected} or {problem.expected}"
+            message = problem.message.replace(problem.expected, either, 1)
+            hint = earlier.hint or problem.hint
+            joined[problem.loc] = replace(problem, message=message, hint=hint, expected=either)
+    # A branch that got further into the value says more than one that refused its type.
+    kept = [p for loc, p in joined.items() if not any(_below(other.loc, loc) for other in others)]
+    return [*others, *kept]
+
+
+def _below(loc: Loc, above: Loc) -> bool:
+    return len(loc) > len(above) and loc[: len(above)] == above
+
+
+def place(loc: Loc, data: object) -> str:
+    """Where in the document ``loc`` is, in words: ``rule 'adapters', with.rank``."""
+    if len(loc) < 2 or loc[0] != "rules":
+        return dotted(loc)
+    rule = _rule_name(loc[1], child(child(data, "rules"), loc[1]))
+    return f"{rule}, {dotted(loc[2:])}" if len(loc) > 2 else rule
+
+
+def _rule_name(index: str | int, rule: object) -> str:
+    name, used = child(rule, "id"), child(rule, "pass")
+    if isinstance(name, str) and name:
+        return f"rule {shorten(name)!r}"
+    number = f"rule {index + 1}" if isinstance(index, int) else f"rule {index}"
+    return f"{number} ({shorten(used)})" if isinstance(used, str) and used else number
+
+
+def dotted(loc: Loc) -> str:
+    """``("where", "any", 0, "path")`` as ``where.any[0].path``."""
+    text = ""
+    for step in loc:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def report(problems: Iterable[Problem], data: object, file: str | None) -> RuleError:
+    """One error for all problems of a document, the first one first.
+
+    Args:
+        problems: At least one.
+        data: The document.
+        file: Its name, or None if it is not a file; only a file has lines.
+    """
+    errors = [_error(problem, data, file) for problem in problems]
+    errors.sort(key=lambda error: (error.line or 0, error.column or 0))
+    return combine(errors)
+
+
+def _error(problem: Problem, data: object, file: str | None) -> RuleError:
+    # An unknown key is named in the message: the place is the mapping it stands in.
+    where = place(problem.loc[:-1] if problem.at_key else problem.loc, data)
+    message = f"{where}: {problem.message}" if where else problem.message
+    mark = locate(data, problem.loc, key=problem.at_key)
+    if mark is None:
+        return RuleError(message, hint=problem.hint, file=file)
+    return RuleError(message, hint=problem.hint, file=file, line=mark.line, column=mark.column)
+
+
+def combine(errors: Sequence[RuleError]) -> RuleError:
+    """The first error, with the others on lines of their own."""
+    first = errors[0]
+    if len(errors) == 1:
+        return first
+    hint = "" if first.hint is None else f"\n  hint: {first.hint}"
+    rest = "".join(f"\n{error}" for error in errors[1:MOST])
+    if len(errors) > MOST:
+        rest += f"\n... and {len(errors) - MOST} more"
+    return RuleError(
+        f"{first.message}{hint}{rest}", file=first.file, line=first.line, column=first.column
+    )
