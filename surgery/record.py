@@ -129,16 +129,14 @@ class Operation:
     """One ``apply``: the recipe, its edits in order, and what undo must put back.
 
     Attributes:
-        recipe: The recipe as data.
+        recipe: The recipe as data, with every rule's id and options.
         edits: What was done, in order.
-        options: Rule id → options of its pass, as data.
         frozen: Parameters whose ``requires_grad`` was True and was turned off.
         kept: Stock tensors a pass changed and keeps a copy of (``keep_base: memory``).
     """
 
     recipe: dict[str, Any]
     edits: list[Edit]
-    options: dict[str, dict[str, Any]]
     frozen: list[str] = field(default_factory=list[str])
     kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
@@ -146,7 +144,6 @@ class Operation:
         """As JSON-able data, without the kept tensors."""
         return {
             "recipe": self.recipe,
-            "options": self.options,
             "edits": [edit.to_dict() for edit in self.edits],
             "frozen": self.frozen,
             "kept": sorted(self.kept),
@@ -158,7 +155,6 @@ class Operation:
         return cls(
             recipe=dict(data["recipe"]),
             edits=[Edit.from_dict(edit) for edit in data["edits"]],
-            options={name: dict(value) for name, value in data["options"].items()},
             frozen=list(data["frozen"]),
         )
 
