@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 def known_device(name: str | None) -> str | None:
     """The name, if torch knows such a device."""
+    if name is None:
+        return None
     import torch
 
     try:
-        return None if name is None else str(torch.device(name))
+        return str(torch.device(name))
     except RuntimeError as error:
         raise typer.BadParameter(str(error).partition("\n")[0]) from None
 
@@ -90,7 +92,12 @@ Config = Annotated[
     ),
 ]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="Load pretrained weights instead of random ones.")
+    bool | None,
+    typer.Option(
+        "--pretrained/--random",
+        help="Load weights, or start from random ones. Default: weights from hub: and folders.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -110,6 +117,17 @@ Example = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The stock model with its weights, for a folder that holds the adapter only.",
+    ),
+]
+AdapterOnly = Annotated[
+    bool, typer.Option("--adapter-only", help="Save what was inserted, not the stock weights.")
+]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like sites.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
@@ -146,7 +164,7 @@ def inspect_model(
     model: Model,
     *,
     config: Config = None,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     device: Device = None,
     dtype: Dtype = None,
     example: Example = None,
@@ -169,7 +187,7 @@ def plan(
     rules: Rules,
     *,
     config: Config = None,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     device: Device = None,
     dtype: Dtype = None,
     example: Example = None,
@@ -195,10 +213,12 @@ def apply(
     *,
     out: Out,
     config: Config = None,
-    pretrained: Pretrained = False,
+    pretrained: Pretrained = None,
     device: Device = None,
     dtype: Dtype = None,
     example: Example = None,
+    adapter_only: AdapterOnly = False,
+    max_shard_size: ShardSize = "5GB",
     full: Full = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -217,7 +237,7 @@ def apply(
             with progress.task("verifying"):
                 report = surgery.verify(loaded, example=inputs)
             if report.ok:
-                surgery.save(loaded, out)
+                surgery.save(loaded, out, max_shard_size=max_shard_size, adapter_only=adapter_only)
         shown = Group(made.view(full=full), report)
         data = {"plan": made.to_dict(), "verify": report.to_dict(), "out": str(out)}
         current.result(shown, data)
@@ -229,6 +249,7 @@ def apply(
 def verify(
     folder: Saved,
     *,
+    base: Base = None,
     example: Example = None,
     device: Device = None,
     as_json: Json = False,
@@ -238,8 +259,7 @@ def verify(
     """Measure a saved rewrite against what its passes promised. Fails if a contract is broken."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
         with current.running():
-            with progress.task(f"restoring {folder}"):
-                model = surgery.restore(folder, device=device or "cpu")
+            model = restored(folder, base, device)
             with progress.task("verifying"):
                 report = surgery.verify(model, example=read_example(example))
         current.result(report, report.to_dict())
@@ -251,6 +271,7 @@ def undo(
     folder: Saved,
     *,
     out: Out,
+    base: Base = None,
     device: Device = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -258,8 +279,7 @@ def undo(
     """Take a saved rewrite back and save the model as it was before."""
     with session(quiet=quiet, debug=debug) as current:
         with current.running():
-            with progress.task(f"restoring {folder}"):
-                model = surgery.restore(folder, device=device or "cpu")
+            model = restored(folder, base, device)
             surgery.undo(model)
             surgery.save(model, out)
         current.note(f"saved to {out}")
@@ -276,8 +296,10 @@ def schema(
 ) -> None:
     """Print the JSON schema of rule files, which editors use for completion."""
     with session(as_json=True, quiet=quiet, debug=debug) as current:
+        from surgery.rules import json_schema
+
         with current.running():
-            data = surgery.schema()
+            data = json_schema()
         if out is None:
             current.result("", data)
             return
@@ -316,25 +338,32 @@ def load(
     model: str,
     config: list[str] | None,
     *,
-    pretrained: bool,
+    pretrained: bool | None,
     device: str | None,
     dtype: Precision | None,
 ) -> nn.Module:
     """The model a command was given: a rewritten one from its folder, or a stock one."""
-    import torch
-
     folder = Path(model)
     if (folder / "surgery.json").is_file():
-        with progress.task(f"restoring {model}"):
-            return surgery.restore(folder, device=device or "cpu")
+        return restored(folder, None, device)
     with progress.task(f"loading {model}"):
         return surgery.load(
             model,
             config=overrides(config or []),
             pretrained=pretrained,
             device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
+            dtype=dtype,
         )
+
+
+def restored(folder: Path, base: str | None, device: str | None) -> nn.Module:
+    """The model a folder holds, over ``base`` where it holds an adapter only."""
+    stock = None
+    if base is not None:
+        with progress.task(f"loading {base}"):
+            stock = surgery.load(base, pretrained=True, device=device)
+    with progress.task(f"restoring {folder}"):
+        return surgery.restore(folder, stock, device=device)
 
 
 def overrides(pairs: list[str]) -> dict[str, Any]:
