@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
@@ -131,7 +131,7 @@ def _problem(item: Mapping[str, Any], data: object, hint: Hint) -> Problem:
         key = str(item["loc"][-1])
         return Problem(loc, f"unknown key {key!r}", hint(loc[:-1], key), at_key=True)
     if kind == "tuple_type" and isinstance(given, list):
-        return _wrong_type(loc, "a tuple", given)
+        return _wrong_type(loc, "a tuple", cast("list[object]", given))
     if kind == "unexpected_positional_argument":
         return Problem((), f"too many arguments, the first of them {describe(given)}")
     if kind in _EXPECTED:

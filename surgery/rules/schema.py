@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Protocol, cast, runtime_checkable
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
@@ -74,14 +74,10 @@ class Rule:
         return data
 
 
-def _not_empty(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def _not_empty(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     if not rules:
         raise invalid("the list is empty; a recipe has at least one rule")
-    return rules
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
+    return tuple(rules)
 
 
 def _check_version(value: object) -> object:
@@ -95,13 +91,13 @@ class Recipe:
     """Rules that are carried out in order.
 
     Attributes:
-        rules: At least one.
+        rules: At least one. They are kept as a tuple.
         recipe: A name for messages and tables.
         seed: What new parameters are drawn from, together with the names of their sites.
         version: Version of the rule language.
     """
 
-    rules: Annotated[tuple[Rule, ...], BeforeValidator(_as_tuple), AfterValidator(_not_empty)]
+    rules: Annotated[Sequence[Rule], AfterValidator(_not_empty)]
     recipe: Annotated[str, Field(min_length=1)] = "unnamed"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     version: Annotated[int, PlainValidator(_check_version)] = Field(

@@ -1,0 +1,20 @@
+"""Makes the passes of ``samples`` known to the registry while the tests of this folder run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from surgery import registry
+from tests.rules import samples
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _passes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        for name, cls in samples.PASSES.items():
+            patched.setitem(registry.PASSES._builtin, name, f"tests.rules.samples:{cls.__name__}")
+        yield
+        for name in samples.PASSES:
+            registry.PASSES._loaded.pop(name, None)
