@@ -1,0 +1,6 @@
+"""Save rewritten models, and restore them without the original weights at hand."""
+
+from surgery.checkpoints.restoring import restore
+from surgery.checkpoints.saving import save
+
+__all__ = ["restore", "save"]

@@ -1,0 +1,270 @@
+"""``surgery.json``: what a saved folder holds, checked before anything in it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from surgery import progress
+from surgery.errors import CheckpointError
+
+FORMAT = 1
+NAME = "surgery.json"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_MAX_BYTES = 1 << 30
+_CHUNK = 1 << 22
+#: A plain name in this folder, of a kind that is written: no separators, no leading dot.
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json|yaml)")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileEntry(_Part):
+    """One file beside ``surgery.json``."""
+
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class TensorEntry(_Part):
+    """One tensor: the file it lies in and what it must look like there.
+
+    ``stride`` is given where the tensor was dense but not in C order, such as channels last.
+    """
+
+    file: str
+    dtype: str
+    shape: list[NonNegativeInt]
+    stride: list[NonNegativeInt] | None = None
+
+
+class Base(_Part):
+    """The stock weights an adapter belongs to: SHA-256 of each tensor by name."""
+
+    tensors: dict[str, Sha256]
+
+
+class Manifest(_Part):
+    """Everything ``surgery.json`` says.
+
+    Attributes:
+        format: Version of this layout.
+        kind: A whole model, or the inserted tensors only.
+        versions: Version of this library, of torch and of the model's library.
+        model_class: Dotted name of the root's stock class, for messages.
+        source: How to rebuild the model, from ``sources.describe``; None for a class of the
+            user's own.
+        generation: The generation config of a transformers model that generates.
+        files: Every other file of the folder.
+        state: Parameters and persistent buffers.
+        transient: Buffers that no state dict holds.
+        kept: Copies of stock tensors that undo needs, as ``<operation>/<name>``.
+        ties: Other names of one tensor → the name it is stored under.
+        trainable: Names of the parameters that require gradients.
+        training: The root's training flag.
+        otherwise: Paths of the modules whose training flag differs from the root's.
+        record: The edit log.
+        base: Only for an adapter.
+    """
+
+    format: Literal[1] = FORMAT
+    kind: Literal["model", "adapter"]
+    versions: dict[str, str]
+    model_class: str
+    source: dict[str, Any] | None
+    generation: dict[str, Any] | None = None
+    files: dict[str, FileEntry]
+    state: dict[str, TensorEntry]
+    transient: dict[str, TensorEntry] = {}
+    kept: dict[str, TensorEntry] = {}
+    ties: dict[str, str] = {}
+    trainable: list[str]
+    training: bool
+    otherwise: list[str] = []
+    record: dict[str, Any] | None
+    base: Base | None = None
+
+
+def dump(manifest: Manifest) -> str:
+    """The text of ``surgery.json``; the last field is a checksum of all others."""
+    data = manifest.model_dump(mode="json", exclude_defaults=True)
+    data = {"format": manifest.format, **data}
+    data["checksum"] = _checksum(data)
+    return json.dumps(data, indent=1) + "\n"
+
+
+def read(folder: Path) -> Manifest:
+    """Read and check a folder's ``surgery.json``; the other files are not opened.
+
+    Raises:
+        CheckpointError: the folder was not written by ``save``, is of a newer format, or its
+            ``surgery.json`` was damaged or changed.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise _not_ours(folder)
+    data = _parse(path)
+    _check_format(path, data)
+    told = data.pop("checksum", None)
+    if told != _checksum(data):
+        raise CheckpointError(
+            f"{path} was changed after it was written: its checksum does not fit",
+            hint="restore the file from a copy, or save the model again",
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}") from None
+    _check_names(path, manifest)
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare size and SHA-256 of every listed file with what was written.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or holds other bytes.
+    """
+    for name, entry in manifest.files.items():
+        _check_size(folder / name, entry)
+    total = sum(entry.bytes for entry in manifest.files.values())
+    with progress.task("checking files", total, "bytes") as task:
+        for name, entry in manifest.files.items():
+            if _sha256(folder / name, task) != entry.sha256:
+                raise CheckpointError(
+                    f"{folder / name} is corrupted: its SHA-256 is not the one that was written",
+                    hint="copy the folder again, or save the model again",
+                )
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise unless everything in a folder was written by ``save``.
+
+    Raises:
+        CheckpointError: it holds something else, which replacing the folder would delete.
+    """
+    present = {each.name for each in folder.iterdir()}
+    if NAME not in present:
+        raise CheckpointError(
+            f"{folder} holds {_some(present)} and was not written by surgery.save",
+            hint="save to a new or an empty folder",
+        )
+    foreign = present - {NAME, *read(folder).files}
+    if foreign:
+        raise CheckpointError(
+            f"{folder} holds {_some(foreign)} besides the saved model, which saving to it again "
+            "would delete",
+            hint="move it away, or save to another folder",
+        )
+
+
+def _some(names: set[str]) -> str:
+    listed = ", ".join(sorted(names)[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"
+
+
+def _not_ours(folder: Path) -> CheckpointError:
+    if not folder.exists():
+        return CheckpointError(f"{folder} does not exist, expected a folder that save wrote")
+    if not folder.is_dir():
+        return CheckpointError(f"{folder} is a file, expected a folder that save wrote")
+    pickles = sorted(each.name for each in folder.iterdir() if each.suffix in _PICKLES)
+    if pickles:
+        return CheckpointError(
+            f"{folder} holds the pickle {pickles[0]} and no {NAME}: pickles can run code and are "
+            "never opened here",
+            hint="load the model with its own library, then surgery.save it",
+        )
+    return CheckpointError(
+        f"{folder} has no {NAME}, expected a folder that surgery.save wrote",
+        hint="surgery.load reads the folders of timm, transformers and diffusers",
+    )
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than any model needs")
+    try:
+        loaded: object = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object")
+    return cast("dict[str, Any]", loaded)
+
+
+def _check_format(path: Path, data: dict[str, Any]) -> None:
+    version = data.get("format")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is damaged: its format is {version!r}, expected a number")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}; this version of surgery reads up to {FORMAT}",
+            hint="install a newer version of model-surgery",
+        )
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if Path(name).suffix in _PICKLES:
+            raise CheckpointError(f"{path} lists the pickle {name!r}: pickles are never opened")
+        if not _FILE.fullmatch(name) or name == NAME:
+            raise CheckpointError(f"{path} lists {name!r}, which is no plain file name")
+    for section in (manifest.state, manifest.transient, manifest.kept):
+        for name, entry in section.items():
+            if entry.file not in manifest.files:
+                raise CheckpointError(
+                    f"{path}: {name!r} is said to lie in {entry.file!r}, which is not listed"
+                )
+    for alias, name in manifest.ties.items():
+        if name not in manifest.state and name not in manifest.transient:
+            raise CheckpointError(f"{path}: {alias!r} is tied to {name!r}, which is not listed")
+
+
+def _check_size(path: Path, entry: FileEntry) -> None:
+    # A link could lead anywhere, and save writes none.
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing", hint="copy the folder again; surgery.json lists all its files"
+        )
+    size = path.stat().st_size
+    if size < entry.bytes:
+        raise CheckpointError(f"{path} is truncated: {size} of {entry.bytes} bytes")
+    if size > entry.bytes:
+        raise CheckpointError(f"{path} is corrupted: {size} bytes, {entry.bytes} were written")
+
+
+def _sha256(path: Path, task: progress.Task) -> str:
+    digest = sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            task.advance(count)
+    return digest.hexdigest()
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write ``surgery.json``; it must be the last file written."""
+    with (folder / NAME).open("x", encoding="utf-8") as file:
+        file.write(dump(manifest))
+        file.flush()
+        os.fsync(file.fileno())
