@@ -1,0 +1,54 @@
+"""Capture: a forward as an fx graph, with every value that Python demanded on record.
+
+Whole models
+============
+``trace_model(model, args, kwargs) -> Trace`` runs the forward once on fake tensors, inlines
+every module down to the atomic layers, and gives one `torch.fx.Graph`. The model, its flags,
+buffers and caches and the random generators are left as they were.
+
+``Trace``
+    ``.graph``        `torch.fx.Graph`; it has no owning module, so look targets up in the model.
+    ``.guards``       tuple of `Guard`, what Python demanded, in order.
+    ``.constants``    ``{get_attr target: tensor}`` for tensors that no module owns.
+    ``.assumptions``  the guards whose data was made up (meta device, or too expensive).
+
+Nodes
+    ``placeholder``   one per tensor of ``args`` and ``kwargs``, named after the parameter.
+    ``get_attr``      a parameter or buffer by its dotted name (a tied one by its first), or a
+                      key of ``.constants``. One node per tensor.
+    ``call_module``   an atomic layer (`is_atomic`: Linear, convolutions, Embedding, normalisation,
+                      PReLU, recurrent layers, and subclasses of these); ``target`` is its
+                      dotted path in the model, the first one of a shared module.
+    ``call_function`` a torch function, as called (``F.scaled_dot_product_attention``,
+                      ``torch.softmax``, ``F.softmax``, ``torch.addmm``, factories), an
+                      ``operator`` function for anything Python has a sign for, however it was
+                      written (``operator.add`` for ``x + y``, ``x.add(y)``, ``1 + x``; likewise
+                      ``matmul``, ``mul``, ``getitem``, ``setitem``, ...), ``getattr`` for an
+                      attribute (``x.T``, ``x.shape``), or a `torch.ops` overload when a scripted
+                      function hid what it called.
+    ``call_method``   a tensor method by name (``view``, ``softmax``, ``add_``, ...).
+    ``output``        ``args[0]`` has the result's nesting: tuples, and dicts for mappings and
+                      dataclasses; what is neither tensor nor nested is None.
+
+    Everything else is inlined: HF's Conv1D shows as ``addmm`` with ``get_attr`` weight and bias,
+    ``nn.MultiheadAttention`` down to its attention call, 3-D expert weights as ``get_attr``.
+    Sizes are nodes too: ``getattr(x, "shape")``, ``getitem`` of it and arithmetic, so a node
+    argument is not always a tensor (look at ``meta["val"]``). A function with several results
+    is one node with a ``getitem`` node per tensor.
+
+``node.meta``
+    ``val``           `TensorSpec` (shape, dtype, device) of the example; an int, float or bool for a
+                      size; tuples, lists and dicts of these.
+    ``owner``         dotted path of the module whose forward was running ("" for the root).
+    ``where``         ``"file:line"`` of the statement in the model's own code.
+    ``mutates``       True on a node that writes to its first argument (``add_``, ``setitem``).
+    ``written_by``    list of such nodes for a tensor that shares memory with what they wrote.
+
+Errors are `CaptureError`: the path and class of the module, the file and line, and why.
+"""
+
+from surgery.capture.guards import Guard
+from surgery.capture.trace import Trace, is_atomic, trace_model
+from surgery.capture.values import TensorSpec
+
+__all__ = ["Guard", "TensorSpec", "Trace", "is_atomic", "trace_model"]

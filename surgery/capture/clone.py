@@ -1,0 +1,105 @@
+"""A stand-in for a module tree that a trace may scribble on.
+
+Forwards write to their modules: attention-bias caches, ``self.training``, step counters. The
+trace runs on clones, which share every parameter, buffer and plain object with the original
+but own their attribute dictionaries and the containers in them. The model itself is never
+touched, so other threads may go on using it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+_CONTAINERS = (list, tuple, dict, set, OrderedDict, defaultdict, deque)
+
+
+class Clones:
+    """Clones of ``root`` and every module under it.
+
+    Attributes:
+        root: The clone of the root module.
+        path: ``id`` of a clone → dotted path of its original, the first of a shared module's.
+        original: ``id`` of a clone → the original module.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._clone_of: dict[int, nn.Module] = {}
+        self.path: dict[int, str] = {}
+        self.original: dict[int, nn.Module] = {}
+        pairs: list[tuple[nn.Module, nn.Module]] = []
+        for path, module in root.named_modules():
+            clone = object.__new__(type(module))
+            self._clone_of[id(module)] = clone
+            self.path[id(clone)] = path
+            self.original[id(clone)] = module
+            pairs.append((module, clone))
+        for module, clone in pairs:
+            state = {key: self._copy(value) for key, value in module.__dict__.items()}
+            clone.__dict__.update(state)
+        self.root = self._clone_of[id(root)]
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The clone of a module of the tree."""
+        return self._clone_of[id(module)]
+
+    def modules(self) -> list[nn.Module]:
+        return list(self._clone_of.values())
+
+    def _copy(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        if kind in _CONTAINERS:
+            return self._copy_container(value)
+        if isinstance(value, nn.Module):
+            return self._clone_of.get(id(value), value)
+        if kind is types.MethodType:
+            return types.MethodType(value.__func__, self._copy(value.__self__))
+        if kind is functools.partial:
+            return self._copy_partial(value)
+        if kind is types.FunctionType and value.__closure__ is not None:
+            return self._copy_closure(value)
+        return value
+
+    def _copy_container(self, value: Any) -> Any:
+        if not value:
+            return value.copy() if type(value) is not tuple else value
+        if type(value) is defaultdict:
+            made = defaultdict(value.default_factory)
+            made.update((key, self._copy(item)) for key, item in value.items())
+            return made
+        if isinstance(value, dict):
+            items = cast(dict[Any, Any], value).items()
+            return type(value)((key, self._copy(item)) for key, item in items)
+        return type(value)(self._copy(item) for item in value)
+
+    def _copy_partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
+        arguments = [self._copy(item) for item in value.args]
+        keywords = {key: self._copy(item) for key, item in value.keywords.items()}
+        made = functools.partial(self._copy(value.func), *arguments, **keywords)
+        made.__dict__.update({key: self._copy(item) for key, item in value.__dict__.items()})
+        return made
+
+    def _copy_closure(self, value: types.FunctionType) -> Callable[..., Any]:
+        """An instance's own forward may hold the module in its closure."""
+        cells = cast(tuple[types.CellType, ...], value.__closure__)
+        contents = [cell.cell_contents for cell in cells]
+        copied = [self._copy(item) for item in contents]
+        if all(new is old for new, old in zip(copied, contents, strict=True)):
+            return value
+        closure = tuple(types.CellType(item) for item in copied)
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, closure
+        )
+        made.__kwdefaults__ = value.__kwdefaults__
+        made.__dict__.update(value.__dict__)
+        return made
+
+
+_ATOMS = frozenset({int, float, bool, str, bytes, type(None), type})

@@ -1,0 +1,42 @@
+"""Guards: what the Python of a forward asked to know, and what it was told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Guard:
+    """One value that Python demanded while a forward was traced.
+
+    The graph is right for as long as ``expression`` still gives ``expected``.
+
+    Attributes:
+        kind: How the value was demanded: ``bool``, ``int``, ``float``, ``str``, ``hash``, ``len``,
+            or ``data`` when it took the contents of a tensor.
+        expression: What was demanded, as Python over the names of the graph's nodes.
+        expected: The value it had.
+        file: Source file of the statement that demanded it.
+        line: 1-based line in that file.
+        owner: Dotted path of the module whose forward was running.
+        assumed: The value was made up: it depends on data that was not there (meta device) or
+            too expensive to compute. The trace is one that the model can take, not
+            necessarily the one it takes.
+        node: The tensor node behind a ``data`` guard; None for sizes.
+    """
+
+    kind: str
+    expression: str
+    expected: Any
+    file: str
+    line: int
+    owner: str
+    assumed: bool = False
+    node: fx.Node | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        told = "assumed" if self.assumed else self.kind
+        return f"{self.expression} == {self.expected!r} ({told}, {self.file}:{self.line})"
