@@ -186,7 +186,7 @@ def build_options(name: str, value: object) -> object:
     cls = pass_class(name)
     names = option_names(cls)
     problems = [
-        Problem((key,), f"unknown key {key!r}", suggest(key, names), at_key=True)
+        Problem((key,), f"unknown option {key!r}", suggest(key, names), at_key=True)
         for key in given
         if key not in names
     ]
@@ -194,7 +194,10 @@ def build_options(name: str, value: object) -> object:
     try:
         built = _adapter(cls).validate_json(json.dumps(known), strict=True)
     except ValidationError as error:
-        problems += explain(error, known, lambda loc, key: "see the documentation of the option")
+        schema = _adapter(cls).json_schema(by_alias=False)
+        problems += explain(
+            error, known, lambda loc, key: suggest(key, _keys_at(schema, loc)), "option"
+        )
     except RuleError as error:
         problems.append(Problem((), error.message, error.hint))
     else:
@@ -204,6 +207,30 @@ def build_options(name: str, value: object) -> object:
         InitErrorDetails(type=problem_error(problem), loc=(), input=given) for problem in problems
     ]
     raise ValidationError.from_exception_data(name, lines)
+
+
+def _keys_at(schema: dict[str, Any], loc: Loc) -> set[str]:
+    """Keys that a JSON schema allows in the mapping at ``loc``."""
+    nodes = list(_branches(schema, schema))
+    for step in loc:
+        below = [_below(node, step) for node in nodes]
+        nodes = [branch for node in below for branch in _branches(node, schema)]
+    return {key for node in nodes for key in node.get("properties", {})}
+
+
+def _below(node: dict[str, Any], step: str | int) -> dict[str, Any]:
+    if isinstance(step, int):
+        return node.get("items", {})
+    return node.get("properties", {}).get(step) or node.get("additionalProperties") or {}
+
+
+def _branches(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The alternatives of a node, with references followed."""
+    if "$ref" in node:
+        yield from _branches(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+    for branch in node.get("anyOf", node.get("oneOf", ())):
+        yield from _branches(branch, schema)
+    yield node
 
 
 def _not_options(name: str, value: object) -> Problem:

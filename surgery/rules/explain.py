@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
-from surgery.rules.yaml import Loc, child, has, locate
+from surgery.rules.yaml import Loc, Mark, child, has, locate
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -103,37 +103,42 @@ def shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
 
-def explain(error: ValidationError, data: object, hint: Hint) -> list[Problem]:
+def explain(error: ValidationError, data: object, hint: Hint, noun: str = "key") -> list[Problem]:
     """The problems behind a pydantic error, in the order of the document.
 
     Args:
         error: What pydantic raised.
         data: What was validated.
         hint: What to suggest for an unknown key.
+        noun: What a key is called.
     """
     found = [
-        _problem(item, data, hint)
+        _problem(item, data, hint, noun)
         for item in error.errors(include_url=False)  # each with type, loc, input, msg, ctx
     ]
     return _join_alternatives(found)
 
 
-def _problem(item: Mapping[str, Any], data: object, hint: Hint) -> Problem:
+def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: str) -> Problem:
     kind, given = str(item["type"]), item.get("input")
     context: Mapping[str, Any] = item.get("ctx") or {}
-    loc = _within(item["loc"], data)
+    loc = within(item["loc"], data)
     if kind == "surgery":
         at: Loc = context["at"]
         return Problem((*loc, *at), context["message"], context["hint"], context["at_key"])
     if kind == "missing":
-        return Problem(loc, f"missing key {item['loc'][-1]!r}")
+        return Problem(loc, f"missing {noun} {item['loc'][-1]!r}")
     if kind in _UNKNOWN:
         key = str(item["loc"][-1])
-        return Problem(loc, f"unknown key {key!r}", hint(loc[:-1], key), at_key=True)
+        return Problem(loc, f"unknown {noun} {key!r}", hint(loc[:-1], key), at_key=True)
     if kind == "tuple_type" and isinstance(given, list):
         return _wrong_type(loc, "a tuple", cast("list[object]", given))
     if kind == "unexpected_positional_argument":
         return Problem((), f"too many arguments, the first of them {describe(given)}")
+    if kind == "is_instance_of":
+        wanted = str(context["class"])
+        expected = "a list" if wanted == "Sequence" else f"an instance of {wanted}"
+        return _wrong_type(loc, expected, given)
     if kind in _EXPECTED:
         return _wrong_type(loc, _EXPECTED[kind], given)
     if kind in ("literal_error", "enum"):
@@ -141,16 +146,19 @@ def _problem(item: Mapping[str, Any], data: object, hint: Hint) -> Problem:
     if kind in _BOUNDS:
         bound = _BOUNDS[kind].format(**context)
         return Problem(loc, f"must be {bound}, got {_bare(given)}")
+    if kind == "string_too_short" and context["min_length"] == 1:
+        return Problem(loc, "must not be empty")
     if kind in ("value_error", "assertion_error"):
         return Problem(loc, f"{context['error']}")
     message = str(item["msg"])
     return Problem(loc, f"{message[:1].lower()}{message[1:]}, got {describe(given)}")
 
 
-def _within(loc: Sequence[str | int], data: object) -> Loc:
+def within(loc: Sequence[str | int], data: object) -> Loc:
     """The part of ``loc`` that leads through ``data``.
 
-    Pydantic mixes in the names of the branches of a union and, for a missing key, its name.
+    Pydantic mixes in the names of the branches of a union and, for a missing key, its name; and
+    what the objects hold as a list of one may stand in the file without a list.
     """
     way: list[str | int] = []
     for step in loc:
@@ -161,14 +169,25 @@ def _within(loc: Sequence[str | int], data: object) -> Loc:
 
 
 def _wrong_type(loc: Loc, expected: str, given: object) -> Problem:
-    hint = None
-    if isinstance(given, str) and expected in ("an integer", "a number"):
-        hint = "remove the quotes" if _is_number(given) else None
-    if isinstance(given, str) and expected == "true or false":
-        hint = "write true or false, without quotes; yes, no, on and off are plain text"
+    message = f"expected {expected}, got {describe(given)}"
+    return Problem(loc, message, _remedy(expected, given), expected=expected)
+
+
+def _remedy(expected: str, given: object) -> str | None:
+    """What to do about a value of the wrong type, where it is plain what was meant."""
     if given is None:
-        hint = "give it a value, or leave the key out to use the default"
-    return Problem(loc, f"expected {expected}, got {describe(given)}", hint, expected=expected)
+        return "give it a value, or leave the key out to use the default"
+    if expected in ("an integer", "a number") and isinstance(given, str) and _is_number(given):
+        return "remove the quotes"
+    if expected == "true or false" and isinstance(given, str):
+        return "write true or false, without quotes; yes, no, on and off are plain text"
+    if expected == "a string" and isinstance(given, int | float):
+        return "put it into quotes"
+    if expected == "a list" and isinstance(given, Mapping):
+        return "put '- ' before each item"
+    if expected == "a list" and isinstance(given, str):
+        return f"write [{shorten(given)}]"
+    return None
 
 
 def _wrong_choice(loc: Loc, expected: str, given: object) -> Problem:
@@ -234,27 +253,30 @@ def dotted(loc: Loc) -> str:
     return text
 
 
-def report(problems: Iterable[Problem], data: object, file: str | None) -> RuleError:
+def report(
+    problems: Iterable[Problem], data: object, file: str | None, start: Mark | None
+) -> RuleError:
     """One error for all problems of a document, the first one first.
 
     Args:
         problems: At least one.
         data: The document.
-        file: Its name, or None if it is not a file; only a file has lines.
+        file: Its name, or None if it is not a file.
+        start: Where it starts, or None if it is not a file; only a file has lines.
     """
-    errors = [_error(problem, data, file) for problem in problems]
+    errors = [_error(problem, data, file, start) for problem in problems]
     errors.sort(key=lambda error: (error.line or 0, error.column or 0))
     return combine(errors)
 
 
-def _error(problem: Problem, data: object, file: str | None) -> RuleError:
+def _error(problem: Problem, data: object, file: str | None, start: Mark | None) -> RuleError:
     # An unknown key is named in the message: the place is the mapping it stands in.
-    where = place(problem.loc[:-1] if problem.at_key else problem.loc, data)
+    where = place(within(problem.loc[:-1] if problem.at_key else problem.loc, data), data)
     message = f"{where}: {problem.message}" if where else problem.message
-    mark = locate(data, problem.loc, key=problem.at_key)
-    if mark is None:
+    if start is None:
         return RuleError(message, hint=problem.hint, file=file)
-    return RuleError(message, hint=problem.hint, file=file, line=mark.line, column=mark.column)
+    line, column = locate(data, problem.loc, key=problem.at_key) or start
+    return RuleError(message, hint=problem.hint, file=file, line=line, column=column)
 
 
 def combine(errors: Sequence[RuleError]) -> RuleError:

@@ -108,7 +108,9 @@ class Recipe:
         try:
             _refuse_clashes(self.rules)
         except Invalid as error:
-            raised = report(error.problems, {"rules": [rule.dump() for rule in self.rules]}, None)
+            raised = report(
+                error.problems, {"rules": [rule.dump() for rule in self.rules]}, None, None
+            )
         else:
             object.__setattr__(self, "rules", _with_ids(self.rules))
             return
@@ -134,25 +136,25 @@ class Recipe:
         Raises:
             RuleError: something is wrong; with line and column.
         """
-        return cls.parse(yaml.load(text, file), file=file)
+        return cls._build(*yaml.load(text, file), file)
 
     @classmethod
-    def parse(cls, data: object, *, file: str | None = None) -> Recipe:
+    def parse(cls, data: object) -> Recipe:
         """Build a recipe from plain data, such as ``dump`` returns.
-
-        Args:
-            data: The document. If it was read by ``loads``, it remembers its lines.
-            file: Name to put into errors.
 
         Raises:
             RuleError: something is wrong.
         """
+        return cls._build(data, None, None)
+
+    @classmethod
+    def _build(cls, data: object, start: yaml.Mark | None, file: str | None) -> Recipe:
         try:
             read, data = document.read(data)
             rules = tuple(_build(rule) for rule in read.rules)
             _refuse_clashes(rules)
         except Invalid as error:
-            raised = report(error.problems, data, file)
+            raised = report(error.problems, data, file, start)
         else:
             return cls(rules=rules, recipe=read.recipe, seed=read.seed, version=read.version)
         raise raised

@@ -94,7 +94,7 @@ def _rule_error(
     names = option_names(cls)
     # Pydantic knows a positional argument by its number only.
     given = {**dict(zip(names, args, strict=False)), **dict(enumerate(args)), **kwargs}
-    problems = explain(error, given, lambda loc, key: suggest(key, names))
+    problems = explain(error, given, lambda loc, key: suggest(key, names), "argument")
     return combine([_located(cls, problem, names) for problem in problems])
 
 

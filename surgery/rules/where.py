@@ -39,6 +39,16 @@ def _one_or_several(value: object) -> tuple[object, ...]:
     return tuple(cast("list[object]", value))
 
 
+def _some(value: object) -> object:
+    return _one_or_several(cast("object", value)) if isinstance(value, list) else value
+
+
+def _condition(value: object) -> object:
+    if value is None:
+        raise invalid("expected a condition, got nothing", hint="leave the key out")
+    return value
+
+
 def _layer_text(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -71,7 +81,7 @@ _Ids = Annotated[tuple[Annotated[str, AfterValidator(_nonempty)], ...], _Several
 _Layers = Annotated[
     tuple[Annotated[str, BeforeValidator(_told(cast("Any", _layer_text)))], ...], _Several
 ]
-_Comparison = Annotated[str, BeforeValidator(_told(cast("Any", _comparison_text)))]
+_Comparison = Annotated[str | None, BeforeValidator(_told(cast("Any", _comparison_text)))]
 
 
 @options(strict=False)
@@ -88,10 +98,10 @@ class Sizes:
         numel: Number of elements of the weight.
     """
 
-    in_: _Comparison | None = Field(default=None, validation_alias="in")
-    out: _Comparison | None = None
-    rank: _Comparison | None = None
-    numel: _Comparison | None = None
+    in_: _Comparison = Field(default=None, validation_alias="in")
+    out: _Comparison = None
+    rank: _Comparison = None
+    numel: _Comparison = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -136,8 +146,12 @@ class Where:
     shape: Annotated[tuple[Sizes, ...], _Several] = ()
     stack: _Stacks = ()
     created_by: _Ids = ()
-    any_: tuple[Where, ...] = Field(default=(), validation_alias="any")
-    not_: Where | None = Field(default=None, validation_alias="not")
+    any_: Annotated[tuple[Where, ...], BeforeValidator(_some)] = Field(
+        default=(), validation_alias="any"
+    )
+    not_: Annotated[Where | None, BeforeValidator(_condition)] = Field(
+        default=None, validation_alias="not"
+    )
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:

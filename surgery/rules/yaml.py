@@ -144,7 +144,7 @@ def decode(content: bytes, file: str) -> str:
         ) from None
 
 
-def load(text: str, file: str) -> object:
+def load(text: str, file: str) -> tuple[object, Mark]:
     """Parse one YAML document into plain data that remembers its lines.
 
     Args:
@@ -152,7 +152,8 @@ def load(text: str, file: str) -> object:
         file: Name to put into errors.
 
     Returns:
-        ``MarkedDict``, ``MarkedList``, str, int, float, bool or None.
+        The document (``MarkedDict``, ``MarkedList``, str, int, float, bool or None), and where it
+        starts.
 
     Raises:
         RuleError: the text is not such a document. It has a line and a column.
@@ -207,7 +208,7 @@ class _Reader:
         self._anchors: dict[str, tuple[Any, int] | None] = {}
         self._events = self._parse()
 
-    def document(self) -> object:
+    def document(self) -> tuple[object, Mark]:
         if len(self._text.encode("utf-8", "replace")) > MAX_BYTES:
             self._fail(f"the text has more than {MAX_BYTES} bytes", Mark(1, 1))
         if found := _UNPRINTABLE.search(self._text):
@@ -220,7 +221,8 @@ class _Reader:
         event = next(self._events)
         if event.kind == "StreamEnd":
             self._fail("the file is empty", Mark(1, 1), "a rule file starts with 'version: 1'")
-        value = self._value(next(self._events), 0)
+        event = next(self._events)
+        value, mark = self._value(event, 0), event.mark
         next(self._events)  # the end of the document
         event = next(self._events)
         if event.kind != "StreamEnd":
@@ -229,7 +231,7 @@ class _Reader:
                 event.mark,
                 "remove '---', or move the document to a file of its own",
             )
-        return value
+        return value, mark
 
     def _parse(self) -> Iterator[_Event]:
         from ruamel.yaml import YAML
@@ -293,7 +295,9 @@ class _Reader:
                     "remove one of them",
                 )
             event = next(self._events)
-            items.keys_at[key], items.values_at[key] = at, event.mark
+            # The parser places a value that is not there at whatever comes next.
+            missing = event.kind == "Scalar" and event.plain and not event.text
+            items.keys_at[key], items.values_at[key] = at, at if missing else event.mark
             items[key] = self._value(event, depth + 1)
         return items
 

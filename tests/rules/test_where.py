@@ -86,7 +86,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Shape(in_=-1), "Sizes.in_: '-1' is not a comparison"),
     (Where, "Where: selects by nothing"),
     (lambda: _where(path=[]), "Where.path: the list is empty, so nothing could match"),
-    (lambda: _where(pth="a"), "Where: unknown key 'pth'\n  hint: did you mean 'path'?"),
+    (lambda: _where(pth="a"), "Where: unknown argument 'pth'\n  hint: did you mean 'path'?"),
     (lambda: _where(not_=3), "Where.not_: expected a mapping, got the integer 3"),
 ]
 
