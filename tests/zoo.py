@@ -57,13 +57,9 @@ def _randn(*shape: int, seed: int = 7) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _ids(
-    batch: int = 2, length: int = 12, *, vocab: int = VOCAB, seed: int = 7
-) -> Tensor:
+def _ids(batch: int = 2, length: int = 12, *, vocab: int = VOCAB, seed: int = 7) -> Tensor:
     """Token ids that avoid the special ones at the bottom of the vocabulary."""
-    return torch.randint(
-        5, vocab, (batch, length), generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(5, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _padding(batch: int = 2, length: int = 12) -> Tensor:
@@ -337,9 +333,7 @@ def _flux() -> Entry:
         axes_dims_rope=(4, 2, 2),
     )
     rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-    img_ids = (
-        torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(16, 3).float()
-    )
+    img_ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(16, 3).float()
     return model, Example(
         (),
         {
@@ -525,9 +519,7 @@ TINY: dict[str, tuple[str, Callable[[], Entry]]] = {
     ),
     "timm_resnet": (
         "timm",
-        _timm(
-            "resnet26", 32, layers=(2, 2, 1, 1), channels=(8, 16, 24, 32), stem_width=16
-        ),
+        _timm("resnet26", 32, layers=(2, 2, 1, 1), channels=(8, 16, 24, 32), stem_width=16),
     ),
     "timm_efficientnet": (
         "timm",

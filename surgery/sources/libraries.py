@@ -1,0 +1,107 @@
+"""The three model libraries, imported when asked for and never otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from types import ModuleType
+from typing import Any
+
+from surgery.errors import SourceError
+
+NAMES = ("timm", "transformers", "diffusers")
+
+# What a library raises when its arguments do not make a model. Anything else is a bug to see raw.
+BUILD_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    IndexError,
+    RuntimeError,
+    ImportError,
+    NotImplementedError,
+    ZeroDivisionError,
+    OSError,
+)
+
+
+def require(name: str) -> ModuleType:
+    """Import one of the three libraries.
+
+    Raises:
+        SourceError: it is not installed; the message names the extra that installs it.
+    """
+    if not installed(name):
+        raise SourceError(
+            f"{name} is not installed", hint=f"pip install 'model-surgery[{name.split('.')[0]}]'"
+        )
+    return importlib.import_module(name)
+
+
+def installed(name: str) -> bool:
+    """Whether ``name`` could be imported, found out without importing it."""
+    return importlib.util.find_spec(name.partition(".")[0]) is not None
+
+
+def library_of(cls: type) -> str | None:
+    """The library that defines ``cls``, or None for a class of the user's own."""
+    package = cls.__module__.partition(".")[0]
+    return package if package in NAMES else None
+
+
+def stock_class(obj: object) -> type:
+    """The class the library defined, beneath the subclasses that surgery grafts onto an object."""
+    return next(cls for cls in type(obj).__mro__ if "__surgery__" not in cls.__dict__)
+
+
+def class_path(obj: object) -> str:
+    """The dotted path of the library's class of ``obj``."""
+    cls = stock_class(obj)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+_MODEL_MODULE = {
+    "transformers": re.compile(r"transformers\.models\.\w+\.modeling_\w+"),
+    "diffusers": re.compile(r"diffusers\.models(\.\w+)+"),
+}
+
+
+def resolve_class(library: str, path: str, base: str) -> Any:
+    """The class at the dotted ``path``, if it is a model class that ``library`` itself defines.
+
+    A description may come from a downloaded file, so nothing outside the model modules of an
+    installed library is ever imported for one.
+
+    Args:
+        library: "transformers" or "diffusers".
+        path: ``module.ClassName``.
+        base: Name of the class, at the top of the library, that it must derive from.
+
+    Raises:
+        SourceError: the path leads anywhere else.
+    """
+    module_name, _, class_name = path.rpartition(".")
+    if not _MODEL_MODULE[library].fullmatch(module_name):
+        raise SourceError(
+            f"refused to resolve {path!r}: only the model classes of {library} are looked up"
+        )
+    top = require(library)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SourceError(
+            f"{library} {top.__version__} has no module {module_name!r}",
+            hint=f"the model was described under another version of {library}; install that one",
+        ) from error
+    found = module.__dict__.get(class_name)
+    defined_here = (
+        isinstance(found, type)
+        and issubclass(found, getattr(top, base))
+        and found.__module__ == module_name
+    )
+    if not defined_here:
+        raise SourceError(f"{path!r} is not a model class of {library} {top.__version__}")
+    return found

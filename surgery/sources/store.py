@@ -1,0 +1,171 @@
+"""Where the files of a saved model are: a local folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from surgery.errors import CheckpointError, SourceError
+
+
+class Store(ABC):
+    """The files of one saved model."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """How the model is called in messages."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The local folder the files that were asked for lie in."""
+
+    @property
+    @abstractmethod
+    def revision(self) -> str | None:
+        """The commit the files belong to, or None for a local folder."""
+
+    @abstractmethod
+    def get(self, name: str) -> Path | None:
+        """The local path of the file ``name``, fetched if needed; None where there is none."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The names of all files, sorted."""
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file ``name``; None where there is no such file.
+
+        Raises:
+            CheckpointError: the file is not a JSON object.
+        """
+        path = self.get(name)
+        return None if path is None else read_json(path)
+
+
+@dataclass(frozen=True)
+class LocalFolder(Store):
+    """An existing folder."""
+
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    @property
+    def folder(self) -> Path:
+        return self.path
+
+    @property
+    def revision(self) -> str | None:
+        return None
+
+    def get(self, name: str) -> Path | None:
+        path = self.path / name
+        return path if path.is_file() else None
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+
+@dataclass
+class HubRepository(Store):
+    """A repository of the hub; every file is fetched when asked for, all at one commit."""
+
+    repository: str
+    subfolder: str = ""
+    requested: str | None = None
+    _commit: str | None = field(default=None, init=False)
+    _folder: Path | None = field(default=None, init=False)
+
+    @property
+    def label(self) -> str:
+        return f"hub:{self.repository}" + (f"/{self.subfolder}" if self.subfolder else "")
+
+    @property
+    def folder(self) -> Path:
+        if self._folder is None:
+            raise SourceError(f"{self.label}: no file was fetched yet")
+        return self._folder
+
+    @property
+    def revision(self) -> str | None:
+        return self._commit
+
+    def get(self, name: str) -> Path | None:
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        try:
+            fetched = huggingface_hub.hf_hub_download(
+                self.repository,
+                name,
+                subfolder=self.subfolder or None,
+                revision=self._commit or self.requested,
+            )
+        except errors.LocalEntryNotFoundError as error:
+            raise SourceError(
+                f"{self.label}: {name} is not in the local cache and the hub cannot be reached",
+                hint="check the network, or load a folder that holds the files",
+            ) from error
+        except errors.EntryNotFoundError:
+            return None
+        except errors.HFValidationError as error:
+            raise SourceError(f"{self.label} is no repository id: {error}") from None
+        except errors.GatedRepoError as error:
+            raise SourceError(
+                f"{self.label} is gated",
+                hint="ask for access on its page, then run `hf auth login`",
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise SourceError(f"{self.label} has no revision {self.requested!r}") from error
+        except errors.RepositoryNotFoundError as error:
+            raise SourceError(
+                f"{self.label}: no such repository, or it is private",
+                hint="check the id; for a private repository run `hf auth login`",
+            ) from error
+        except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as error:
+            raise SourceError(f"{self.label}: the hub cannot be reached: {error}") from error
+        return self._remember(Path(fetched))
+
+    def _remember(self, path: Path) -> Path:
+        # The cache lays files out as snapshots/<commit>/<subfolder>/<name>.
+        self._folder = path.parent
+        depth = len(Path(self.subfolder).parts) if self.subfolder else 0
+        self._commit = path.parents[depth].name
+        return path
+
+    def names(self) -> list[str]:
+        import huggingface_hub
+        from huggingface_hub import errors
+
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        try:
+            files = huggingface_hub.list_repo_files(
+                self.repository, revision=self._commit or self.requested
+            )
+        except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError):
+            # Offline: what the cache holds is what can be named.
+            files = [prefix + path.name for path in self.folder.iterdir()]
+        inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+        return sorted(name for name in inside if "/" not in name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    try:
+        loaded: object = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
+    return cast("dict[str, Any]", loaded)
