@@ -234,8 +234,7 @@ def apply(
                 made = surgery.plan(loaded, recipe, example=inputs)
             with progress.task("applying"):
                 made.apply()
-            with progress.task("verifying"):
-                report = surgery.verify(loaded, example=inputs)
+            report = surgery.verify(loaded, example=inputs)
             if report.ok:
                 surgery.save(loaded, out, max_shard_size=max_shard_size, adapter_only=adapter_only)
         shown = Group(made.view(full=full), report)
@@ -260,8 +259,7 @@ def verify(
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
         with current.running():
             model = restored(folder, base, device)
-            with progress.task("verifying"):
-                report = surgery.verify(model, example=read_example(example))
+            report = surgery.verify(model, example=read_example(example))
         current.result(report, report.to_dict())
         report.check()
 

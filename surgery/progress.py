@@ -13,7 +13,7 @@ too. With no listener a report costs one attribute check::
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, Protocol, TypeVar
@@ -103,8 +103,8 @@ def task(title: str, total: int | None = None, unit: Unit = "items") -> Generato
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items``, reporting each as done once the loop body is through with it."""
-    if total is None and isinstance(items, (list, tuple, dict, set, frozenset)):
-        total = len(items)  # pyright: ignore[reportUnknownArgumentType]
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with task(title, total) as current:
         for item in items:
             yield item

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -88,23 +90,15 @@ class Session:
     @contextmanager
     def running(self) -> Generator[None]:
         """Route what happens inside: log and stray prints to stderr, progress to bars."""
-        if self.quiet:
-            # Read by huggingface_hub, transformers and diffusers when they are first imported.
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-            os.environ["TQDM_DISABLE"] = "1"
         # Libraries print; stdout belongs to the result.
         with (
-            _logging(self._messages, self._level()),
+            _silence() if self.quiet else nullcontext(),
+            _logging(self._messages, logging.DEBUG if self.debug else logging.WARNING),
             redirect_stdout(sys.stderr),
             Bars(self._messages, shown=not self.quiet) as bars,
             progress.listen(bars),
         ):
             yield
-
-    def _level(self) -> int:
-        if self.debug:
-            return logging.DEBUG
-        return logging.ERROR if self.quiet else logging.WARNING
 
 
 class Bars:
@@ -178,7 +172,34 @@ def _logging(console: Console, level: int) -> Generator[None]:
 
 
 def _as_json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else str(data)
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in cast("dict[str, Any]", data).items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in cast("list[Any]", data)]
+    return data
+
+
+@contextmanager
+def _silence() -> Generator[None]:
+    """Errors only, from every library and not only from this one."""
+    # Read by huggingface_hub, transformers and diffusers when they are first imported.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _result_console(stream: TextIO) -> Console:

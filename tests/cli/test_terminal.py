@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import time
+import warnings
 
 import pytest
 from rich.console import Console
@@ -90,6 +91,23 @@ def test_quiet_leaves_results_and_errors(capsys: pytest.CaptureFixture[str]):
     assert "disk is full" in shown.err
     assert "25 of 30" not in shown.err
     assert "saved" not in shown.err
+
+
+def test_quiet_silences_other_libraries_and_ends(capsys: pytest.CaptureFixture[str]):
+    other = logging.getLogger("some.library")
+    with Session(quiet=True).running():
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+        assert not other.isEnabledFor(logging.WARNING)
+        assert other.isEnabledFor(logging.ERROR)
+    assert other.isEnabledFor(logging.WARNING)
+    assert capsys.readouterr().err == ""
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]):
+    data = {"worst": float("nan"), "rows": [(1.5, float("-inf")), None, 3, "x"]}
+    Session(as_json=True).result("", data)
+    read = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert read == {"worst": "nan", "rows": [[1.5, "-inf"], None, 3, "x"]}
 
 
 def draw(seconds: float, *, terminal: bool) -> str:
