@@ -1,0 +1,154 @@
+"""Whether what was inserted takes part: an insertion that is not connected is exact too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery.record import Record
+from surgery.sources import Example
+from surgery.verification.copies import sharing
+from surgery.verification.measure import Findings
+from surgery.verification.outputs import compare
+from surgery.verification.report import Row, Unchecked
+from surgery.verification.runs import Run, run
+from surgery.verification.structure import tensor_named
+
+REACH = "inserted tensors reached by gradient"
+CHANGE = "random insertions change the output"
+_SCALE = 0.05
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Randomises what was inserted, on a copy, and looks for its effect.
+
+    Attributes:
+        record: The edit log.
+        example: The call, in eval mode.
+        base: What that call gave on the original model.
+    """
+
+    record: Record
+    example: Example
+    base: Run
+
+    def look(self, model: nn.Module, fresh: nn.Module | None) -> Findings:
+        """Report which inserted tensors get a gradient, and whether they change the output.
+
+        Args:
+            model: The rewritten model.
+            fresh: A copy with the same edits made anew, to tell an insertion that was switched
+                off or merged from one that was never connected.
+        """
+        found = Findings()
+        if self.base.error is not None:
+            reason = "the original model cannot be called with the example"
+            found.unchecked.append(Unchecked(REACH, reason))
+            return found
+        names = [name for edit in self.record.edits for name in edit.adds]
+        trained = [name for name in names if isinstance(tensor_named(model, name), nn.Parameter)]
+        result = self._randomised(model, trained)
+        if result.error is not None:
+            reason = f"with random values in them the model raises {result.error!r}"
+            found.unchecked.append(Unchecked(REACH, reason))
+            return found
+        self._report_buffers(found, len(names) - len(trained))
+        unreached = _unreached(result, trained)
+        if unreached and fresh is not None:
+            afresh = _unreached(self._randomised(fresh, trained), trained)
+            unreached = self._explain(found, unreached, afresh)
+        self._report_reach(found, trained, unreached)
+        self._report_change(found, result, fresh, trained)
+        return found
+
+    def _randomised(self, model: nn.Module, names: Sequence[str]) -> Run:
+        """Call a copy with random values in the named tensors, for their gradients alone."""
+        copied = sharing(model, owned=names)
+        for parameter in copied.parameters():
+            parameter.requires_grad_(False)
+        for name in names:
+            tensor = tensor_named(copied, name)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                _randomise(name, tensor)
+                tensor.requires_grad_(True)
+        return run(copied, self.example, training=False, gradients=True)
+
+    def _report_buffers(self, found: Findings, count: int) -> None:
+        if count:
+            reason = f"{count} inserted buffers take no gradient"
+            found.unchecked.append(Unchecked(REACH, reason))
+
+    def _explain(
+        self, found: Findings, unreached: list[str], unreached_afresh: list[str]
+    ) -> list[str]:
+        """Set aside what is connected when applied anew, or lies where the example never comes."""
+        off = [name for name in unreached if name not in unreached_afresh]
+        if off:
+            reason = (
+                f"{off[0]} and {len(off) - 1} more are switched off or merged at the moment: "
+                "applied anew they are reached"
+                if len(off) > 1
+                else f"{off[0]} is switched off or merged at the moment: applied anew it is reached"
+            )
+            found.unchecked.append(Unchecked(REACH, reason))
+        rest = [name for name in unreached if name in unreached_afresh]
+        asleep = [name for name in rest if not self._site_is_reached(name)]
+        if asleep:
+            reason = f"the example does not reach the site of {asleep[0]}"
+            more = f" and of {len(asleep) - 1} more" if len(asleep) > 1 else ""
+            found.unchecked.append(Unchecked(REACH, reason + more))
+        return [name for name in rest if name not in asleep]
+
+    def _site_is_reached(self, name: str) -> bool:
+        """Whether the site's own stock parameters got a gradient in the original model."""
+        edit = next(edit for edit in self.record.edits if name in edit.adds)
+        gradients = self.base.gradients
+        own = [n for n in gradients if n == edit.site or n.rpartition(".")[0] == edit.site]
+        if not own:
+            return True
+        return any(_is_nonzero(gradients[n]) for n in own)
+
+    def _report_reach(self, found: Findings, names: list[str], unreached: list[str]) -> None:
+        if not unreached:
+            found.rows.append(Row(REACH, "ok", detail=f"{len(names)} tensors"))
+            return
+        detail = f"{len(unreached)} of {len(names)} take no part in the forward"
+        found.rows.append(Row(REACH, "broken", where=unreached[0], detail=detail))
+
+    def _report_change(
+        self, found: Findings, result: Run, fresh: nn.Module | None, names: list[str]
+    ) -> None:
+        deviation = compare(self.base.outputs, result.outputs, rtol=0.0, atol=0.0)
+        if not deviation.equal:
+            found.rows.append(Row(CHANGE, "ok", deviation.worst, deviation.where))
+            return
+        if fresh is not None:
+            afresh = self._randomised(fresh, names)
+            if not compare(self.base.outputs, afresh.outputs, rtol=0.0, atol=0.0).equal:
+                reason = "everything inserted is switched off or merged at the moment"
+                found.unchecked.append(Unchecked(CHANGE, reason))
+                return
+        detail = "the output is that of the original model whatever they hold"
+        found.rows.append(Row(CHANGE, "broken", where="output", detail=detail))
+
+
+def _unreached(result: Run, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not _is_nonzero(result.gradients.get(name))]
+
+
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+@torch.no_grad()
+def _randomise(name: str, tensor: Tensor) -> None:
+    """Add noise seeded by the name."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(tensor.shape, generator=generator) * _SCALE
+    tensor.add_(noise.to(tensor.device, tensor.dtype))
