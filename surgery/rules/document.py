@@ -130,14 +130,11 @@ class RecipeDocument(BaseModel):
     rules: Annotated[tuple[RuleDocument, ...], AfterValidator(_not_empty)]
 
 
-def read(data: object) -> tuple[RecipeDocument, dict[str, Any]]:
-    """Check plain data against the shape of a rule file.
-
-    Returns:
-        What it says, and the data after migration to the current version.
+def migrated(data: object) -> dict[str, Any]:
+    """The document in the current version of the language.
 
     Raises:
-        Invalid: something is wrong with it.
+        Invalid: it is not a mapping of plain data, or its version is not supported.
     """
     if not isinstance(data, dict):
         keys = ", ".join(RECIPE_KEYS)
@@ -146,12 +143,20 @@ def read(data: object) -> tuple[RecipeDocument, dict[str, Any]]:
         )
     if problem := next(_implausible(cast("object", data), ()), None):
         raise Invalid(problem)
-    document = migrate.migrate(cast("dict[str, Any]", data))
+    return migrate.migrate(cast("dict[str, Any]", data))
+
+
+def read(data: dict[str, Any]) -> RecipeDocument:
+    """What a document of the current version says.
+
+    Raises:
+        Invalid: something is wrong with it.
+    """
     try:
         # As JSON, a list may become a tuple and text an enum; nothing else changes its type.
-        return RecipeDocument.model_validate_json(json.dumps(document)), document
+        return RecipeDocument.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems = explain(error, document, functools.partial(_hint, document))
+        problems = explain(error, data, functools.partial(_hint, data))
     raise Invalid(*problems)
 
 

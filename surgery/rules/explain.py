@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
@@ -13,6 +13,8 @@ from surgery.rules.yaml import Loc, Mark, child, has, locate
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+Noun = Literal["key", "option", "argument"]
 
 MOST = 20
 """Most problems that one error lists."""
@@ -103,14 +105,14 @@ def shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}"
 
 
-def explain(error: ValidationError, data: object, hint: Hint, noun: str = "key") -> list[Problem]:
+def explain(error: ValidationError, data: object, hint: Hint, noun: Noun = "key") -> list[Problem]:
     """The problems behind a pydantic error, in the order of the document.
 
     Args:
         error: What pydantic raised.
         data: What was validated.
         hint: What to suggest for an unknown key.
-        noun: What a key is called.
+        noun: What a key is called; an ``argument`` is given in Python, not in a file.
     """
     found = [
         _problem(item, data, hint, noun)
@@ -119,7 +121,7 @@ def explain(error: ValidationError, data: object, hint: Hint, noun: str = "key")
     return _join_alternatives(found)
 
 
-def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: str) -> Problem:
+def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: Noun) -> Problem:
     kind, given = str(item["type"]), item.get("input")
     context: Mapping[str, Any] = item.get("ctx") or {}
     loc = within(item["loc"], data)
@@ -131,27 +133,41 @@ def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: str) -> Pr
     if kind in _UNKNOWN:
         key = str(item["loc"][-1])
         return Problem(loc, f"unknown {noun} {key!r}", hint(loc[:-1], key), at_key=True)
-    if kind == "tuple_type" and isinstance(given, list):
-        return _wrong_type(loc, "a tuple", cast("list[object]", given))
     if kind == "unexpected_positional_argument":
         return Problem((), f"too many arguments, the first of them {describe(given)}")
-    if kind == "is_instance_of":
-        wanted = str(context["class"])
-        expected = "a list" if wanted == "Sequence" else f"an instance of {wanted}"
-        return _wrong_type(loc, expected, given)
-    if kind in _EXPECTED:
-        return _wrong_type(loc, _EXPECTED[kind], given)
     if kind in ("literal_error", "enum"):
         return _wrong_choice(loc, str(context["expected"]), given)
+    if expected := _expected(kind, context, given, noun):
+        return _wrong_type(loc, expected, given)
+    return Problem(loc, _complaint(kind, context, given) or _in_general(str(item["msg"]), given))
+
+
+def _expected(kind: str, context: Mapping[str, Any], given: object, noun: Noun) -> str | None:
+    """The type that a value should have, if its type is what is wrong."""
+    if kind == "tuple_type" and isinstance(given, list):
+        return "a tuple"
+    if kind == "is_instance_of":
+        wanted = str(context["class"])
+        return "a list" if wanted == "Sequence" else f"an instance of {wanted}"
+    if kind in ("dataclass_type", "dataclass_exact_type") and noun == "argument":
+        return f"an instance of {context['class_name']}"
+    return _EXPECTED.get(kind)
+
+
+def _complaint(kind: str, context: Mapping[str, Any], given: object) -> str | None:
+    """What is wrong with a value of the right type."""
     if kind in _BOUNDS:
-        bound = _BOUNDS[kind].format(**context)
-        return Problem(loc, f"must be {bound}, got {_bare(given)}")
+        number = given if isinstance(given, int | float) else describe(given)
+        return f"must be {_BOUNDS[kind].format(**context)}, got {number}"
     if kind == "string_too_short" and context["min_length"] == 1:
-        return Problem(loc, "must not be empty")
+        return "must not be empty"
     if kind in ("value_error", "assertion_error"):
-        return Problem(loc, f"{context['error']}")
-    message = str(item["msg"])
-    return Problem(loc, f"{message[:1].lower()}{message[1:]}, got {describe(given)}")
+        return f"{context['error']}"
+    return None
+
+
+def _in_general(message: str, given: object) -> str:
+    return f"{message[:1].lower()}{message[1:]}, got {describe(given)}"
 
 
 def within(loc: Sequence[str | int], data: object) -> Loc:
@@ -195,10 +211,6 @@ def _wrong_choice(loc: Loc, expected: str, given: object) -> Problem:
     near = suggest(given, choices) if isinstance(given, str) and choices else None
     hint = near if near is not None and near.startswith("did you mean") else None
     return Problem(loc, f"expected {expected}, got {describe(given)}", hint, expected=expected)
-
-
-def _bare(value: object) -> str:
-    return str(value) if isinstance(value, int | float) else describe(value)
 
 
 def _is_number(text: str) -> bool:

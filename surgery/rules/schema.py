@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Protocol, cast, runtime_checkable
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field, InstanceOf, PlainValidator
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
@@ -54,8 +54,8 @@ class Rule:
     """
 
     options: Annotated[Options, PlainValidator(_check_options)]
-    where: Where | None = None
-    except_: Where | None = None
+    where: InstanceOf[Where] | None = None
+    except_: InstanceOf[Where] | None = None
     id: Annotated[str, AfterValidator(_check_id)] = ""
     optional: bool = False
 
@@ -150,7 +150,8 @@ class Recipe:
     @classmethod
     def _build(cls, data: object, start: yaml.Mark | None, file: str | None) -> Recipe:
         try:
-            read, data = document.read(data)
+            data = document.migrated(data)
+            read = document.read(data)
             rules = tuple(_build(rule) for rule in read.rules)
             _refuse_clashes(rules)
         except Invalid as error:

@@ -37,6 +37,7 @@ _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN")
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
+_DIRECTIVE = re.compile(r"(?:[ \t]*(?:#.*)?\r?\n)*(%.*)")
 _QUOTE = 'quote text that has special characters, as in "**.q_proj", "-8:" or ">=256"'
 _WIDTH = 88
 
@@ -217,6 +218,12 @@ class _Reader:
                 _mark_at(self._text, found.start()),
                 "is this a text file?",
             )
+        if directive := _DIRECTIVE.match(self._text):
+            self._fail(
+                f"directives are not allowed, got {_shorten(directive[1])}",
+                _mark_at(self._text, directive.start(1)),
+                "remove the line; rule files are YAML 1.2",
+            )
         next(self._events)  # the start of the stream
         event = next(self._events)
         if event.kind == "StreamEnd":
@@ -242,7 +249,7 @@ class _Reader:
             yield from (_event(raw) for raw in parser.parse(self._text))
         except MarkedYAMLError as error:
             self._fail_syntax(error)
-        except (YAMLError, ValueError, OverflowError) as error:
+        except (YAMLError, ValueError, AssertionError) as error:  # assert: an odd %YAML directive
             self._fail(f"not valid YAML: {error}", Mark(1, 1))
 
     def _value(self, event: _Event, depth: int) -> Any:
@@ -356,6 +363,9 @@ class _Reader:
             self._fail("a tab cannot indent or separate", mark, "use spaces")
         if problem == "mapping values are not allowed here":
             self._fail("':' is not allowed here", mark, _QUOTE)
+        if problem == "could not find expected ':'" and error.context_mark is not None:
+            mark = Mark(error.context_mark.line + 1, error.context_mark.column + 1)
+            self._fail("no ':' follows this text", mark, "write 'key: value', or quote the text")
         problem = problem.replace("'<stream end>'", "the end of the file")
         began = error.context_mark
         if error.context and began is not None:
