@@ -55,7 +55,24 @@ def repeat(model: nn.Module, record: Record) -> None:
             hint="pass a model as it was built",
         )
     for operation in record.operations:
-        carry_out(model, Operation(operation.recipe, operation.edits), passes_of(operation))
+        passes = passes_of(operation)
+        carry_out(model, Operation(operation.recipe, operation.edits), passes)
+        context = ApplyContext(int(operation.recipe["seed"]))
+        for index, state in operation.state.items():
+            edit = operation.edits[int(index)]
+            passes[edit.rule].resume(model, edit, state, context)
+
+
+def note_state(model: nn.Module, record: Record) -> None:
+    """Write into the log what was switched since the edits were applied, before it is saved."""
+    for operation in record.operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]))
+        states = (
+            (str(index), passes[edit.rule].state(model, edit, context))
+            for index, edit in enumerate(operation.edits)
+        )
+        operation.state = {index: state for index, state in states if state is not None}
 
 
 def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
@@ -155,4 +172,7 @@ def _freeze(
 
 
 def _thaw(parameter: nn.Parameter) -> Callable[[], None]:
-    return lambda: parameter.requires_grad_(True) and None
+    def thaw() -> None:
+        parameter.requires_grad_(True)
+
+    return thaw
