@@ -22,6 +22,7 @@ from surgery.checkpoints import base_weights, generation, manifest, tensorfile
 from surgery.checkpoints.inventory import Inventory, check_storable, memory_order, take
 from surgery.checkpoints.manifest import Base, FileEntry, Manifest, TensorEntry
 from surgery.checkpoints.swap import replacing
+from surgery.editing import note_state
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, record_of
 from surgery.rules import Recipe
@@ -67,6 +68,7 @@ def save(
     """
     limit = _bytes(max_shard_size)
     record = _record(model)
+    note_state(model, record)
     content = _adapter(model, record) if adapter_only else _whole(model, record)
     for name, tensor in content.tensors():
         check_storable(name, tensor)

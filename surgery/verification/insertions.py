@@ -115,7 +115,9 @@ class Probe:
 
     def _report_reach(self, found: Findings, names: list[str], unreached: list[str]) -> None:
         if not unreached:
-            found.rows.append(Row(REACH, "ok", detail=f"{len(names)} tensors"))
+            found.rows.append(
+                Row(REACH, "ok", detail=f"{len(names)} tensor{'' if len(names) == 1 else 's'}")
+            )
             return
         detail = f"{len(unreached)} of {len(names)} take no part in the forward"
         found.rows.append(Row(REACH, "broken", where=unreached[0], detail=detail))

@@ -112,8 +112,7 @@ def compare_runs(measured: Measured, bounds: Bounds, shape: str) -> Findings:
         return found
     _outputs(found, measured, bounds, what)
     _finite(found, measured, what)
-    if measured.training:
-        _buffers(found, measured, bounds, what)
+    _buffers(found, measured, bounds, what)
     if measured.base.gradients:
         _gradients(found, measured, bounds, what)
         before, after = measured.base.saved_bytes, measured.new.saved_bytes
@@ -158,7 +157,7 @@ def _finite(found: Findings, measured: Measured, what: str) -> None:
 
 
 def _buffers(found: Findings, measured: Measured, bounds: Bounds, what: str) -> None:
-    """Running statistics and the like must come out of a training call as they would have."""
+    """Running statistics and the like must come out of a call as they would have."""
     check = f"buffers after the call ({what})"
     new = measured.new.buffers
     shared = {name: value for name, value in measured.base.buffers.items() if name in new}

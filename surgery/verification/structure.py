@@ -25,12 +25,12 @@ def keys(model: nn.Module, stock: nn.Module, inserted: AbstractSet[str]) -> Iter
     lost = [key for key in old if key not in new]
     gained = [key for key in new if key not in old]
     check = "state-dict keys"
-    if lost:
-        yield Row(check, "broken", where=lost[0], detail=_count(len(lost), "stock key", "lost"))
-    if gained:
-        detail = _count(len(gained), "key", "that no edit names")
-        yield Row(check, "broken", where=gained[0], detail=detail)
-    if not lost and not gained:
+    if lost or gained:
+        parts = [_count(len(lost), "stock key", "lost")] if lost else []
+        if gained:
+            parts.append(f"{_count(len(gained), 'key')} that no edit names: {gained[0]}")
+        yield Row(check, "broken", where=(lost or gained)[0], detail=", ".join(parts))
+    else:
         yield _same_order(check, list(old), list(new), len(inserted))
     yield _same_shapes(old, new)
 
@@ -87,17 +87,16 @@ def identity(moved: tuple[str, ...], count: int) -> Row:
 
 def sizes(model: nn.Module, stock: nn.Module) -> Iterator[Row]:
     """Parameters and bytes before and after."""
-    old, new = _unique(stock), _unique(model)
-    before, after = sum(p.numel() for p in old), sum(p.numel() for p in new)
-    trainable = sum(p.numel() for p in new if isinstance(p, nn.Parameter) and p.requires_grad)
+    before, after = (sum(p.numel() for p in side.parameters()) for side in (stock, model))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield Row(
         "parameters",
         "info",
         detail=f"{human_count(before)} before, {human_count(after)} after, "
         f"{human_count(trainable)} trainable",
     )
-    memory = [human_bytes(sum(t.numel() * t.element_size() for t in side)) for side in (old, new)]
-    yield Row("memory of weights", "info", detail=f"{memory[0]} before, {memory[1]} after")
+    was, now = (human_bytes(_nbytes(side)) for side in (stock, model))
+    yield Row("memory of weights", "info", detail=f"{was} before, {now} after")
 
 
 def finite_weights(model: nn.Module) -> Iterator[Row]:
@@ -109,8 +108,7 @@ def finite_weights(model: nn.Module) -> Iterator[Row]:
             continue
         found = True
         count, first = wrong
-        what = "is" if count == 1 else "are"
-        detail = f"{count} of {tensor.numel()} values {what} NaN or infinite, first at {first}"
+        detail = f"NaN or infinite: {count} of {tensor.numel()} values, first at {first}"
         yield Row("finite weights", "broken", where=name, detail=detail)
     if not found:
         yield Row("finite weights", "ok")
@@ -156,8 +154,10 @@ def _shown(module: nn.Module) -> str:
     return f"{stock_class(module).__name__}{mixins}"
 
 
-def _unique(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _nbytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
