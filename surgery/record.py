@@ -133,12 +133,14 @@ class Operation:
         edits: What was done, in order.
         frozen: Parameters whose ``requires_grad`` was True and was turned off.
         kept: Stock tensors a pass changed and keeps a copy of (``keep_base: memory``).
+        state: Index of an edit → what was switched there since, as of the last save.
     """
 
     recipe: dict[str, Any]
     edits: list[Edit]
     frozen: list[str] = field(default_factory=list[str])
     kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    state: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data, without the kept tensors."""
@@ -147,6 +149,7 @@ class Operation:
             "edits": [edit.to_dict() for edit in self.edits],
             "frozen": self.frozen,
             "kept": sorted(self.kept),
+            "state": self.state,
         }
 
     @classmethod
@@ -156,6 +159,7 @@ class Operation:
             recipe=dict(data["recipe"]),
             edits=[Edit.from_dict(edit) for edit in data["edits"]],
             frozen=list(data["frozen"]),
+            state=dict(data["state"]),
         )
 
 

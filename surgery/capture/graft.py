@@ -60,7 +60,8 @@ def graft(module: nn.Module, mixin: type) -> None:
 
     Args:
         module: Keeps its identity, its parameters and its place in its parents.
-        mixin: A plain importable class (not an ``nn.Module``) whose methods call ``super()``.
+        mixin: An importable class whose methods call ``super()``. One that derives from an
+            ancestor of the module's class goes right above that ancestor instead of on top.
 
     Raises:
         ModelStateError: the mixin is there already, or the instance has a ``forward`` of its
@@ -154,10 +155,28 @@ def _make_class(wanted: Mark) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         MARK: wanted,
     }
-    bases = (*wanted.mixins, base)
     return types.new_class(
-        base.__name__, bases, {"metaclass": type(base)}, lambda body: body.update(namespace)
+        base.__name__,
+        _bases(wanted),
+        {"metaclass": type(base)},
+        lambda body: body.update(namespace),
     )
+
+
+def _bases(wanted: Mark) -> tuple[type, ...]:
+    """Mixins above the class, save those derived from one of its proper ancestors.
+
+    Those come after it, which puts them right above that ancestor: the class's own methods run
+    first and reach the mixin's through ``super()``.
+    """
+    base = wanted.base
+    inner = [
+        mixin
+        for mixin in wanted.mixins
+        if issubclass(mixin, nn.Module) and not issubclass(mixin, base)
+    ]
+    outer = [mixin for mixin in wanted.mixins if mixin not in inner]
+    return (*outer, base, *inner)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,10 +52,12 @@ class ApplyContext:
     Attributes:
         seed: The recipe's seed.
         kept: Copies of stock tensors the pass changes, by full name (``keep_base: memory``).
+        shared: What a pass wants to share among the edits of one application.
     """
 
     seed: int
     kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    shared: dict[str, Any] = field(default_factory=dict[str, Any])
     _modules: dict[int, dict[str, nn.Module]] = field(default_factory=dict[int, Any])
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
@@ -67,7 +69,7 @@ class ApplyContext:
         return known[path]
 
     @contextmanager
-    def generator(self, name: str) -> Iterator[torch.Generator]:
+    def generator(self, name: str) -> Generator[torch.Generator]:
         """A CPU generator seeded from the recipe's seed and ``name`` alone.
 
         The global generator is untouched, and every rank of a distributed run agrees.
@@ -123,6 +125,19 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Carry out one edit. Leaves the site as it was if it raises."""
+
+    def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any] | None:
+        """What was switched at an edit's site since it was applied, JSON-able, or None.
+
+        Asked for when the model is saved; given to ``resume`` when it is restored.
+        """
+        return None
+
+    def resume(
+        self, model: nn.Module, edit: Edit, state: Mapping[str, Any], context: ApplyContext
+    ) -> None:
+        """Switch an edit that was just applied as ``state`` said."""
+        return
 
     @abstractmethod
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:

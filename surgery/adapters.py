@@ -1,0 +1,300 @@
+"""Work with adapters that ``lowrank`` put into a model: choose, mix, switch off, merge.
+
+    adapters.names(model)                              # ("default", "french")
+    adapters.activate(model, "french")                 # from now on
+    with adapters.using(model, {"default": 0.7, "french": 0.3}):
+        model(x)                                       # in this thread, in this block
+    with adapters.disabled(model):
+        model(x)                                       # the model without adapters
+    adapters.merge(model)                              # into the weights
+    adapters.unmerge(model)                            # and out of them
+
+An adapter's share multiplies its change of the weights: ``{"a": 0.7, "b": 0.3}`` computes with
+``W + 0.7 · ΔW_a + 0.3 · ΔW_b``. Layers that lack an adapter of a mix leave it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+
+from surgery.errors import ModelStateError
+from surgery.passes.hosts import (
+    CHILD,
+    Bank,
+    Banks,
+    Mix,
+    merge_into,
+    mergeable,
+    overrides,
+    take_out,
+)
+from surgery.record import Operation, Record, record_of
+from surgery.registry import suggest
+from surgery.tree import children, named_modules
+
+__all__ = [
+    "activate",
+    "active",
+    "disabled",
+    "merge",
+    "merged",
+    "names",
+    "parameters",
+    "unmerge",
+    "using",
+]
+
+#: The name of an adapter, or names with their shares.
+Choice = str | Mapping[str, float]
+
+
+def names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters in a model, in the order they were added."""
+    return tuple(dict.fromkeys(name for bank in _banks(model) for name in bank.adapters))
+
+
+def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The tensors of the adapters, for an optimizer.
+
+    Args:
+        model: A rewritten model.
+        name: One adapter; all of them by default.
+
+    Raises:
+        ModelStateError: there is no such adapter.
+    """
+    if name is not None:
+        _mix(model, name)
+    for bank in _banks(model):
+        for each, adapter in bank.adapters.items():
+            if name in (None, each):
+                yield from adapter.parameters()
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The adapters that count when nothing else is said, with their shares."""
+    return {name: share for bank in _banks(model) for name, share in bank.active}
+
+
+def activate(model: nn.Module, choice: Choice) -> None:
+    """Choose the adapters that count from now on, in every thread.
+
+    Which parameters require gradients stays as it is.
+
+    Args:
+        model: A rewritten model, or a part of one.
+        choice: An adapter, or a mix of several; an empty mix means none.
+
+    Raises:
+        ModelStateError: there is no such adapter, or the adapters are merged.
+    """
+    mix = _mix(model, choice)
+    banks = _banks(model)
+    _refuse_merged(banks)
+    for bank in banks:
+        bank.active = _available(bank, mix)
+
+
+@contextmanager
+def using(model: nn.Module, choice: Choice) -> Generator[None]:
+    """Choose the adapters that count for the calls made in a ``with`` block.
+
+    Other threads and tasks are unaffected, and blocks nest. It reaches all of the rewritten model
+    that ``model`` is or belongs to. With activation checkpointing the backward belongs into the
+    block as well, since it runs the forward again; torch raises if it does not.
+
+    Args:
+        model: A rewritten model.
+        choice: An adapter, or a mix of several; an empty mix means none.
+
+    Raises:
+        ModelStateError: there is no such adapter, or the adapters are merged.
+    """
+    mix = _mix(model, choice)
+    banks = _banks(model)
+    _refuse_merged(banks)
+    chosen = dict.fromkeys((bank.family.number for bank in banks), mix)
+    token = overrides.set({**(overrides.get() or {}), **chosen})
+    try:
+        yield
+    finally:
+        overrides.reset(token)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Generator[None]:
+    """Switch all adapters off for the calls made in a ``with`` block; see ``using``.
+
+    Raises:
+        ModelStateError: the adapters are merged.
+    """
+    with using(model, {}):
+        yield
+
+
+def merged(model: nn.Module) -> dict[str, float]:
+    """The adapters that are merged into the weights, with their shares."""
+    return {name: share for bank in _banks(model) for name, share in bank.merged or ()}
+
+
+def merge(
+    model: nn.Module,
+    choice: Choice | None = None,
+    *,
+    keep_base: Literal["memory", "none"] | None = None,
+) -> None:
+    """Add adapters into the weights, so that a forward costs what the stock model's does.
+
+    The sum is formed in float32 at least and rounded once to the weight's dtype. With u its unit
+    roundoff (2⁻²⁴ in float32), n the columns of a weight and r the rank, an output of a linear
+    layer then differs from the unmerged one by at most
+    ``2 (n + r + 4) u · (|W| |x| + |b| + s |B| |A| |x|)`` per element. Do not merge while a forward
+    runs: its layers would disagree.
+
+    Args:
+        model: A rewritten model.
+        choice: An adapter or a mix; what is active by default.
+        keep_base: ``memory`` keeps a copy of every weight that is changed, for ``unmerge`` to put
+            back bit for bit, and costs as much memory as those weights. ``none`` keeps nothing:
+            ``unmerge`` subtracts, which leaves rounding errors, and ``undo`` refuses until then.
+            The rule's ``keep_base`` by default.
+
+    Raises:
+        ModelStateError: there is no such adapter, something is merged already, the model is not
+            the whole rewritten one, or a weight cannot be merged into (quantised, parametrised,
+            without values). Nothing has changed then.
+    """
+    root, record = _rewritten(model)
+    carriers = _carriers(root)
+    _refuse_merged(carrier.bank for carrier in carriers)
+    wanted = None if choice is None else _mix(root, choice)
+    weights = [mergeable(each.module, each.parameter, each.path) for each in carriers]
+    for carrier, weight in zip(carriers, weights, strict=True):
+        bank = carrier.bank
+        mix = _available(bank, bank.active if wanted is None else wanted)
+        if not mix:
+            continue
+        kept = _operation(record, carrier).kept
+        # A copy that is there already is of the weight before the method changed it.
+        bank.copied = (keep_base or bank.keep_base) == "memory" and carrier.name not in kept
+        if bank.copied:
+            kept[carrier.name] = weight.detach().clone()
+        merge_into(weight, bank, mix)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take merged adapters out of the weights: bit for bit where a copy was kept.
+
+    Without a copy the change is subtracted, which leaves the rounding errors of two sums.
+
+    Args:
+        model: A rewritten model whose adapters are merged.
+
+    Raises:
+        ModelStateError: nothing is merged, or the model is not the whole rewritten one.
+    """
+    root, record = _rewritten(model)
+    carriers = [carrier for carrier in _carriers(root) if carrier.bank.merged is not None]
+    if not carriers:
+        raise ModelStateError(
+            "no adapter is merged", hint="surgery.adapters.merged(model) says what is"
+        )
+    for carrier in carriers:
+        kept = _operation(record, carrier).kept
+        weight = mergeable(carrier.module, carrier.parameter, carrier.path)
+        take_out(weight, carrier.bank, kept.pop(carrier.name) if carrier.bank.copied else None)
+
+
+@dataclass(frozen=True)
+class _Carrier:
+    """The first module that holds an adapted weight, and the bank of that weight."""
+
+    path: str
+    module: nn.Module
+    parameter: str
+    bank: Bank
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+def _carriers(model: nn.Module) -> list[_Carrier]:
+    """Every bank of a model once, in module order."""
+    found: dict[int, _Carrier] = {}
+    for path, module in named_modules(model, duplicates=False):
+        child = children(module).get(CHILD)
+        if isinstance(child, Bank):
+            found.setdefault(id(child), _Carrier(path, module, child.parameter, child))
+        elif isinstance(child, Banks):
+            for bank in cast("dict[str, Bank]", children(child)).values():
+                found.setdefault(id(bank), _Carrier(path, module, bank.parameter, bank))
+    return list(found.values())
+
+
+def _banks(model: nn.Module) -> list[Bank]:
+    """Every bank of a model once.
+
+    Raises:
+        ModelStateError: there is none.
+    """
+    found = [
+        module for _, module in named_modules(model, duplicates=False) if isinstance(module, Bank)
+    ]
+    if not found:
+        raise ModelStateError(
+            f"this {type(model).__name__} has no adapters",
+            hint="put some in with a lowrank rule: surgery.apply(model, recipe)",
+        )
+    return found
+
+
+def _mix(model: nn.Module, choice: Choice) -> Mix:
+    """A choice with its shares, every name of which exists."""
+    shares = {choice: 1.0} if isinstance(choice, str) else dict(choice)
+    known = names(model)
+    for name, share in shares.items():
+        if name not in known:
+            raise ModelStateError(f"there is no adapter {name!r}", hint=suggest(name, known))
+        if not math.isfinite(share):
+            raise ModelStateError(f"the share of adapter {name!r} is {share}, not a finite number")
+    return tuple((name, float(share)) for name, share in shares.items())
+
+
+def _available(bank: Bank, mix: Mix) -> Mix:
+    return tuple(pair for pair in mix if pair[0] in bank.adapters)
+
+
+def _refuse_merged(banks: Iterable[Bank]) -> None:
+    if any(bank.merged is not None for bank in banks):
+        raise ModelStateError(
+            "adapters are merged into the weights",
+            hint="call surgery.adapters.unmerge(model) first",
+        )
+
+
+def _rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
+    """The rewritten model in a model or wrapper, with its edit log."""
+    for _, module in named_modules(model, duplicates=False):
+        record = record_of(module)
+        if record is not None:
+            return module, record
+    raise ModelStateError(
+        f"this {type(model).__name__} carries no edit log",
+        hint="pass the whole model that surgery.apply was given",
+    )
+
+
+def _operation(record: Record, carrier: _Carrier) -> Operation:
+    """The application that put the first adapter beside a weight."""
+    return next(
+        operation
+        for operation in record.operations
+        if any(carrier.name in edit.uses for edit in operation.edits)
+    )

@@ -1,0 +1,34 @@
+"""Hosts: what a module becomes when its weight carries adapters.
+
+A host is a class without state of its own, grafted onto the module. Everything it needs lies in
+the module's child ``lowrank``, a ``Bank``. Without that child, as in the moment of an undo, it is
+the stock module.
+"""
+
+from surgery.passes.hosts.attach import Place, attach, check_free, detach
+from surgery.passes.hosts.bank import CHILD, Bank, Banks, Family, Mix, bank_of, overrides
+from surgery.passes.hosts.hosting import HOSTS, Hosting, hosting_of
+from surgery.passes.hosts.merging import merge_into, mergeable, take_out
+from surgery.passes.hosts.uses import Use, Uses
+
+__all__ = [
+    "CHILD",
+    "HOSTS",
+    "Bank",
+    "Banks",
+    "Family",
+    "Hosting",
+    "Mix",
+    "Place",
+    "Use",
+    "Uses",
+    "attach",
+    "bank_of",
+    "check_free",
+    "detach",
+    "hosting_of",
+    "merge_into",
+    "mergeable",
+    "overrides",
+    "take_out",
+]

@@ -1,0 +1,174 @@
+"""The adapters of one weight, by name, and which of them count in a forward.
+
+A bank is the child ``lowrank`` of the module whose weight it adapts, so that its tensors are
+called ``q_proj.lowrank.<adapter>.lora_A`` and stock keys stay as they are. Modules that share a
+weight share its bank. A module with several adapted parameters has one bank per parameter:
+``experts.lowrank.<parameter>.<adapter>.lora_A``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from architectures.adapters import Adapter, Matrix
+from surgery.errors import ModelStateError
+
+#: Adapter names with the share each has in the change of the weight.
+Mix = tuple[tuple[str, float], ...]
+
+CHILD = "lowrank"
+
+_numbers = itertools.count(1)
+
+# Family number → the mix that counts for calls in this context (thread or task) instead of the
+# active one. It is read in the forward itself, so that torch.compile guards what it read.
+overrides: ContextVar[Mapping[int, Mix] | None] = ContextVar("surgery_adapters", default=None)
+
+
+class Family:
+    """What all banks of one model have in common. A copy of a model is another family."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return Family()
+
+    def __reduce__(self) -> tuple[type[Family], tuple[()]]:
+        return (Family, ())
+
+
+class Bank(nn.Module):
+    """The adapters of one weight. Hosts read it; it is never called.
+
+    Args:
+        matrix: How the weight is read as a matrix.
+        family: Shared by all banks of a model.
+        parameter: Name of the weight in the module that holds it.
+        trained: Whether the weight required gradients when the bank was made.
+        keep_base: Whether merging keeps a copy of the weight in ``memory`` or ``none``.
+
+    Attributes:
+        active: What counts in a forward, unless the context says otherwise.
+        merged: What was added into the weight itself; hosts add nothing while it is set.
+        copied: Whether the edit log has a copy of the weight from before merging.
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        family: Family,
+        *,
+        parameter: str,
+        trained: bool,
+        keep_base: Literal["memory", "none"],
+    ) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.family = family
+        self.parameter = parameter
+        self.trained = trained
+        self.keep_base: Literal["memory", "none"] = keep_base
+        self.active: Mix = ()
+        self.merged: Mix | None = None
+        self.copied = False
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters by name."""
+        return cast("dict[str, Adapter]", self.__dict__["_modules"])
+
+    def counting(self) -> list[tuple[Adapter, float]]:
+        """The adapters that count in this call, each with its share.
+
+        Raises:
+            ModelStateError: the context asks for a mix while the adapters are merged.
+        """
+        mix = self._override()
+        if self.merged is not None:
+            if mix is not None:
+                raise ModelStateError(
+                    "adapters that are merged into the weights cannot be switched off or mixed",
+                    hint="call surgery.adapters.unmerge(model) first",
+                )
+            return []
+        adapters = self.__dict__["_modules"]
+        chosen = self.active if mix is None else mix
+        return [(adapters[name], share) for name, share in chosen if name in adapters]
+
+    def seal(self, result: Tensor, source: Tensor) -> Tensor:
+        """Make activation checkpointing notice if the context's mix is gone when it recomputes.
+
+        Checkpointing runs a forward again during the backward, by which time ``using`` may have
+        ended; the gradients would silently be those of another mix. A saved tensor whose shape
+        encodes the mix makes the comparison of saved tensors fail instead.
+
+        Args:
+            result: What the forward returns; returned as it is unless a mix is in force.
+            source: What the result was computed from.
+
+        Raises:
+            ModelStateError: the forward runs under re-entrant checkpointing, which compares
+                nothing.
+        """
+        mix = self._override()
+        if mix is None:
+            return result
+        if torch.is_grad_enabled():
+            return cast("Tensor", _Witness.apply(result, _code(mix)))
+        if self.training and source.requires_grad:
+            raise ModelStateError(
+                "a mix of adapters for one call does not survive re-entrant checkpointing",
+                hint="use_reentrant=False and call backward within the context, or choose the "
+                "adapters with surgery.adapters.activate",
+            )
+        return result
+
+    def _override(self) -> Mix | None:
+        context = overrides.get()
+        return None if context is None else context.get(self.family.number)
+
+    def extra_repr(self) -> str:
+        """What is active and what is merged, for ``print(model)``."""
+        state = f"active={dict(self.active)}"
+        return state if self.merged is None else f"{state}, merged={dict(self.merged)}"
+
+
+class Banks(nn.Module):
+    """The banks of several parameters of one module, by the parameter's name."""
+
+
+def bank_of(module: nn.Module, parameter: str = "weight") -> Bank | None:
+    """The bank of a module's parameter, or None."""
+    child = module.__dict__["_modules"].get(CHILD)
+    if isinstance(child, Banks):
+        child = child.__dict__["_modules"].get(parameter)
+    return cast("Bank | None", child)
+
+
+def _code(mix: Mix) -> int:
+    return zlib.crc32(repr(mix).encode()) >> 1
+
+
+class _Witness(torch.autograd.Function):
+    """The identity, saving for its backward an empty tensor whose shape is ``code``."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, code: int) -> Tensor:
+        ctx.save_for_backward(result.new_empty((0, code)))
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Reading it is what lets checkpointing compare.
+        _ = ctx.saved_tensors
+        return grads[0], None

@@ -1,0 +1,81 @@
+"""Convolutions: A as a kernel of the same size with rank channels, then B at every position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from architectures.adapters import Adapter
+from surgery.passes.hosts.bank import bank_of
+from surgery.passes.hosts.branch import add_branch, add_scaled_branch, in_dtype_of
+
+if TYPE_CHECKING:
+    _Conv = nn.Conv2d
+else:
+    _Conv = object
+
+_POINTWISE: dict[int, Callable[..., Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
+}
+
+
+class _ConvHost(_Conv):
+    """A convolution with adapters, of any number of dimensions."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
+        """Maps x (batch, in, *positions) to (batch, out, *positions); the batch may be missing."""
+        output = super().forward(input)
+        bank = bank_of(self)
+        if bank is None:
+            return output
+        plain = output
+        for adapter, share in bank.counting():
+            branch = _branch(self, adapter, input)
+            if not adapter.scales_rows:
+                output = add_branch(output, branch, share * adapter.scaling)
+                continue
+            output = add_scaled_branch(
+                output,
+                branch,
+                adapter.scaling,
+                share=share,
+                gain=_per_channel(self, adapter.gain(bank.matrix.fold(self.weight))),
+                bare=plain if self.bias is None else plain - _per_channel(self, self.bias),
+            )
+        return bank.seal(output, input)
+
+
+class Conv1dHost(_ConvHost, nn.Conv1d):
+    """An ``nn.Conv1d`` with adapters. Stands right above it among its class's ancestors."""
+
+
+class Conv2dHost(_ConvHost, nn.Conv2d):
+    """An ``nn.Conv2d`` with adapters. Stands right above it among its class's ancestors."""
+
+
+class Conv3dHost(_ConvHost, nn.Conv3d):
+    """An ``nn.Conv3d`` with adapters. Stands right above it among its class's ancestors."""
+
+
+def _branch(layer: nn.Conv2d, adapter: Adapter, x: Tensor) -> Tensor:
+    """``B A x``. Each group sees its own inputs through A and leaves by its own rows of B."""
+    A, B = adapter.factors()
+    dimensions, groups = layer.weight.dim() - 2, layer.groups
+    kernel = A.view(-1, *layer.weight.shape[1:])
+    if groups > 1:
+        kernel = kernel.repeat(groups, *[1] * (dimensions + 1))
+    kept = functional.dropout(x, adapter.dropout, layer.training) if adapter.dropout else x
+    # The layer's own method knows its stride, dilation and padding mode.
+    codes = layer._conv_forward(in_dtype_of(kept, A), kernel, None)  # pyright: ignore[reportPrivateUsage]
+    pointwise = B.view(*B.shape, *[1] * dimensions)
+    return _POINTWISE[dimensions](codes, pointwise, groups=groups)
+
+
+def _per_channel(layer: nn.Conv2d, vector: Tensor) -> Tensor:
+    """``(out,)`` shaped to broadcast against the output, batched or not."""
+    return vector.view(-1, *[1] * (layer.weight.dim() - 2))

@@ -1,0 +1,33 @@
+"""Embeddings: a lookup in B, then A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from surgery.passes.hosts.bank import bank_of
+from surgery.passes.hosts.branch import add_branch
+
+
+class EmbeddingHost(nn.Embedding):
+    """An ``nn.Embedding`` with adapters. Stands right above it among its class's ancestors."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name for it
+        """Indices (...) to embeddings (..., dim)."""
+        output = super().forward(input)
+        bank = bank_of(self)
+        if bank is None:
+            return output
+        for adapter, share in bank.counting():
+            A, B = adapter.factors()
+            rows = functional.embedding(input, B, self.padding_idx)
+            if adapter.dropout:
+                rows = rows * _kept(rows, adapter.dropout, self.training)
+            output = add_branch(output, functional.linear(rows, A.t()), share * adapter.scaling)
+        return bank.seal(output, output)
+
+
+def _kept(rows: Tensor, dropout: float, training: bool) -> Tensor:
+    """Dropout of a one-hot input: an index keeps all of its change or none. Shape (..., 1)."""
+    return functional.dropout(torch.ones_like(rows[..., :1]), dropout, training)

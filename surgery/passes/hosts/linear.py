@@ -1,0 +1,124 @@
+"""Layers whose output is linear in their input: nn.Linear, and others as black boxes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from architectures.adapters import Adapter
+from surgery.passes.hosts.bank import Bank, bank_of
+from surgery.passes.hosts.branch import add_branch, add_scaled_branch, in_dtype_of
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+class LinearHost(nn.Linear):
+    """An ``nn.Linear`` with adapters. Stands right above ``nn.Linear`` among its ancestors."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        """Maps x (..., in) to (..., out)."""
+        bank = bank_of(self)
+        if bank is None:
+            return super().forward(input)
+        counting = bank.counting()
+        if len(counting) == 1 and _is_simple(counting[0][0], self, input):
+            return bank.seal(_in_one_go(self, input, *counting[0]), input)
+        if bank.trained and _kernel_changed(self, input):
+            output = _as_if_trained(self, input)
+        else:
+            output = super().forward(input)
+        return bank.seal(_with_branches(self, bank, counting, input, output), input)
+
+
+class OutputHost(_Module):
+    """A layer that computes ``W x + b`` in whatever way: weight quantised or transposed."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        """Maps x (..., in) to (..., out)."""
+        output = cast("Tensor", super().forward(input, *args, **kwargs))
+        bank = bank_of(self)
+        if bank is None:
+            return output
+        return bank.seal(_with_branches(self, bank, bank.counting(), input, output), input)
+
+
+def _is_simple(adapter: Adapter, layer: nn.Linear, x: Tensor) -> bool:
+    """Whether one dtype is involved, and flattening x leaves every bit of the product as it is."""
+    weight = layer.weight
+    return (
+        not adapter.scales_rows
+        and (adapter.dropout == 0.0 or not layer.training)
+        and type(weight) in _PLAIN
+        and x.is_contiguous()
+        and x.dtype == weight.dtype == adapter.factors()[0].dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _in_one_go(layer: nn.Linear, x: Tensor, adapter: Adapter, share: float) -> Tensor:
+    """``W x + b + share · scaling · B A x`` without a temporary of the output's size."""
+    A, B = adapter.factors()
+    flat = x.view(-1, x.shape[-1])
+    output = functional.linear(flat, layer.weight, layer.bias)
+    # The product is not saved for backward and has no other reference: adding in place is safe.
+    output.addmm_(functional.linear(flat, A), B.t(), alpha=share * adapter.scaling)
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def _kernel_changed(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether freezing the weight alone made ``functional.linear`` multiply in another way.
+
+    For an input that cannot be flattened in place torch multiplies matrix by matrix, unless the
+    weight requires a gradient (``should_fold`` in ATen's LinearAlgebra.cpp). The last bits differ.
+    """
+    weight = layer.weight
+    return (
+        not weight.requires_grad
+        and type(weight) in _PLAIN
+        and x.dim() > 2
+        and not x.is_contiguous()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _as_if_trained(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What ``functional.linear`` gives, bit for bit, where the weight requires a gradient."""
+    flat = torch.mm(x.reshape(-1, x.shape[-1]), layer.weight.t())
+    output = flat.view(*x.shape[:-1], flat.shape[-1])
+    bias = cast("Tensor | None", layer.bias)
+    return output if bias is None else output + bias
+
+
+def _with_branches(
+    layer: nn.Module,
+    bank: Bank,
+    counting: list[tuple[Adapter, float]],
+    x: Tensor,
+    plain: Tensor,
+) -> Tensor:
+    output = plain
+    for adapter, share in counting:
+        A, B = adapter.factors()
+        kept = functional.dropout(x, adapter.dropout, layer.training) if adapter.dropout else x
+        branch = functional.linear(functional.linear(in_dtype_of(kept, A), A), B)
+        if not adapter.scales_rows:
+            output = add_branch(output, branch, share * adapter.scaling)
+            continue
+        bias = cast("Tensor | None", layer.bias)
+        output = add_scaled_branch(
+            output,
+            branch,
+            adapter.scaling,
+            share=share,
+            gain=adapter.gain(bank.matrix.fold(cast("Tensor", layer.weight))),
+            bare=plain if bias is None else plain - bias,
+        )
+    return output

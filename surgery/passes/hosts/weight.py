@@ -1,0 +1,81 @@
+"""Modules that are adapted through their weights: whoever reads one gets the changed one.
+
+This is right for every forward that reads the parameter by its name, whatever it does with it:
+the stacked weights of experts, the projections of ``nn.MultiheadAttention``, a convolution that
+standardises its weight first. It forms the changed weight, so the hosts that know their layer
+are faster where they fit.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery.passes.hosts.bank import Bank, bank_of
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+# (module, parameter, whether gradients are on) → the changed weight, while a forward runs.
+_Formed = dict[tuple[int, str, bool], Tensor]
+_formed: ContextVar[_Formed | None] = ContextVar("surgery_formed_weights", default=None)
+
+
+class WeightHost(_Module):
+    """A module of which one or more parameters carry adapters.
+
+    ``module.weight`` gives the changed weight, formed at most once in a forward of the module.
+    The parameter itself stays in ``parameters()`` and the state dict.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the stock forward gives for the changed weights."""
+        if torch.compiler.is_compiling():
+            # The compiler merges repeated computations; a context variable cannot be set here.
+            return super().forward(*args, **kwargs)
+        token = _formed.set({})
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _formed.reset(token)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name not in self.__dict__["_parameters"]:
+            return value
+        bank = bank_of(self, name)
+        if bank is None:
+            return value
+        return _formed_once(self, name, bank, cast("Tensor", value))
+
+
+def _formed_once(module: nn.Module, name: str, bank: Bank, weight: Tensor) -> Tensor:
+    cache = None if torch.compiler.is_compiling() else _formed.get()
+    if cache is None:
+        return changed_weight(bank, weight)
+    key = (id(module), name, torch.is_grad_enabled())
+    if key not in cache:
+        cache[key] = changed_weight(bank, weight)
+    return cache[key]
+
+
+def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
+    """The weight with everything that counts added, in its own shape and dtype.
+
+    It is formed in the wider of the dtypes of weight and factors, also under autocast: what the
+    forward then does with it is the forward's business.
+    """
+    counting = bank.counting()
+    if not counting:
+        return bank.seal(weight, weight)
+    folded = bank.matrix.fold(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        changed = folded
+        for adapter, share in counting:
+            changed = torch.add(changed, adapter.change(folded), alpha=share)
+    return bank.seal(bank.matrix.unfold(changed.to(weight.dtype)), weight)
