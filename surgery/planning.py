@@ -6,7 +6,6 @@ import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -62,6 +61,7 @@ class Plan:
         warnings: What looks accidental, such as a rule that matched 25 of 30 layers.
         near: Rule id → sites that came closest without matching, each with the reason.
         unmatched: Ids of optional rules that matched nothing.
+        totals: Predicted sizes.
     """
 
     model: nn.Module
@@ -70,6 +70,7 @@ class Plan:
     warnings: tuple[str, ...]
     near: Mapping[str, tuple[tuple[str, str], ...]]
     unmatched: tuple[str, ...]
+    totals: Totals
     passes: Mapping[str, Pass] = field(repr=False)
     fingerprint: str = field(repr=False)
 
@@ -77,22 +78,6 @@ class Plan:
     def contract(self) -> Contract:
         """What all edits together promise."""
         return Contract.weakest(edit.contract for edit in self.edits)
-
-    @cached_property
-    def totals(self) -> Totals:
-        """Predicted sizes."""
-        added = {name: spec for edit in self.edits for name, spec in edit.adds.items()}
-        frozen = self._frozen_names()
-        stock = {id(p): (name, p) for name, p in named_parameters(self.model)}
-        trainable = sum(
-            p.numel() for name, p in stock.values() if p.requires_grad and name not in frozen
-        )
-        return Totals(
-            parameters=sum(p.numel() for _, p in stock.values()),
-            added=sum(spec.numel for spec in added.values()),
-            added_bytes=sum(spec.nbytes for spec in added.values()),
-            trainable=trainable + sum(spec.numel for spec in added.values() if spec.trainable),
-        )
 
     def apply(self, *, copy: bool = False) -> nn.Module:
         """Carry the plan out.
@@ -183,15 +168,6 @@ class Plan:
                 lines.extend(Text(f"  {path}: {why}", style="dim") for path, why in misses)
         return lines
 
-    def _frozen_names(self) -> set[str]:
-        record = record_of(self.model) or Record()
-        created = {name for edit in (*record.edits, *self.edits) for name in edit.adds}
-        frozen: set[str] = set()
-        for rule, made in self.passes.items():
-            edits = [edit for edit in self.edits if edit.rule == rule]
-            frozen.update(made.frozen(self.model, edits, created))
-        return frozen
-
 
 def plan(model: nn.Module, recipe: RecipeLike, *, example: Any = None) -> Plan:
     """Work out what a recipe would do to a model. Changes nothing.
@@ -242,6 +218,7 @@ def plan(model: nn.Module, recipe: RecipeLike, *, example: Any = None) -> Plan:
         warnings=tuple(warnings),
         near=near,
         unmatched=tuple(unmatched),
+        totals=_totals(model, edits, passes),
         passes=passes,
         fingerprint=fingerprint(model),
     )
@@ -342,6 +319,26 @@ def _named(rule: Rule, call: Callable[[], T]) -> T:
         named = copy.copy(error)
         named.message = f"rule {rule.id!r}: {error.message}"
         raise named from None
+
+
+def _totals(model: nn.Module, edits: Sequence[Edit], passes: Mapping[str, Pass]) -> Totals:
+    added = {name: spec for edit in edits for name, spec in edit.adds.items()}
+    record = record_of(model) or Record()
+    created = {name for edit in (*record.edits, *edits) for name in edit.adds}
+    frozen: set[str] = set()
+    for rule, made in passes.items():
+        own = [edit for edit in edits if edit.rule == rule]
+        frozen.update(made.frozen(model, own, created))
+    stock = dict(named_parameters(model, duplicates=False))
+    trainable = sum(
+        p.numel() for name, p in stock.items() if p.requires_grad and name not in frozen
+    )
+    return Totals(
+        parameters=sum(p.numel() for p in stock.values()),
+        added=sum(spec.numel for spec in added.values()),
+        added_bytes=sum(spec.nbytes for spec in added.values()),
+        trainable=trainable + sum(spec.numel for spec in added.values() if spec.trainable),
+    )
 
 
 def _rows(edits: Sequence[Edit], *, full: bool) -> list[list[Edit]]:

@@ -92,6 +92,7 @@ def test_totals_predicted_are_the_totals_found() -> None:
     plan = surgery.plan(model, lora(where=Type("Linear")))
     totals = plan.totals
     plan.apply()
+    assert plan.totals == totals
     found = list(model.parameters())
     assert sum(p.numel() for p in found) == totals.parameters + totals.added
     assert sum(p.numel() for p in found if p.requires_grad) == totals.trainable
