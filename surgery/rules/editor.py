@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,9 +106,22 @@ def _options(name: str, shared: Schema) -> Schema:
     schema = TypeAdapter(cls).json_schema(by_alias=False, ref_template=f"#/$defs/{prefix}{{model}}")
     for key, value in schema.pop("$defs", {}).items():
         shared[f"{prefix}{key}"] = value
-    schema["description"] = inspect.getdoc(cls) or name
+    documentation = inspect.getdoc(cls) or name
+    arguments = _arguments(documentation)
+    for key, value in schema.get("properties", {}).items():
+        if key in arguments:
+            value.setdefault("description", arguments[key])
+    schema["description"] = documentation.partition("\n\nArgs:")[0]
     schema["additionalProperties"] = False
     return schema
+
+
+def _arguments(documentation: str) -> dict[str, str]:
+    """Argument → what the ``Args:`` section of a docstring says about it."""
+    section = re.search(r"^Args:\n((?:(?: .*)?\n?)*)", documentation, re.MULTILINE)
+    text = section[1] if section else ""
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(described.split()) for name, described in entries}
 
 
 def _where() -> Schema:

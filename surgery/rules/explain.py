@@ -49,6 +49,12 @@ _BOUNDS: Mapping[str, str] = {
     "multiple_of": "a multiple of {multiple_of}",
     "finite_number": "a finite number",
 }
+_LENGTHS: Mapping[str, str] = {
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "too_short": "at least {min_length} items",
+    "too_long": "at most {max_length} items",
+}
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
@@ -159,8 +165,10 @@ def _complaint(kind: str, context: Mapping[str, Any], given: object) -> str | No
     if kind in _BOUNDS:
         number = given if isinstance(given, int | float) else describe(given)
         return f"must be {_BOUNDS[kind].format(**context)}, got {number}"
-    if kind == "string_too_short" and context["min_length"] == 1:
+    if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
         return "must not be empty"
+    if kind in _LENGTHS:
+        return f"must have {_LENGTHS[kind].format(**context)}, got {describe(given)}"
     if kind in ("value_error", "assertion_error"):
         return f"{context['error']}"
     return None
