@@ -5,7 +5,7 @@ Nothing here imports one of the libraries until a model of it is asked for.
 
 from __future__ import annotations
 
-from surgery.sources.examples import Example
+from surgery.sources.examples import Example, infer_example, variants
 from surgery.sources.load import SOURCE_ATTRIBUTE, load
 from surgery.sources.provenance import describe, rebuild, why_undescribed
 
@@ -13,7 +13,9 @@ __all__ = [
     "SOURCE_ATTRIBUTE",
     "Example",
     "describe",
+    "infer_example",
     "load",
     "rebuild",
+    "variants",
     "why_undescribed",
 ]
