@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from surgery.capture import private
+
 _CONTAINERS = (list, tuple, dict, set, OrderedDict, defaultdict, deque)
 
 
@@ -50,6 +52,12 @@ class Clones:
 
     def modules(self) -> list[nn.Module]:
         return list(self._clone_of.values())
+
+    def intercept(self, clone: nn.Module, handler: Callable[..., Any]) -> None:
+        """Send calls of ``clone`` to ``handler``, also where its class overrides ``__call__``."""
+        private.intercept_calls(clone, handler)
+        if type(clone).__call__ is not nn.Module.__call__:
+            clone.__class__ = _with_interception(type(clone))
 
     def _copy(self, value: Any) -> Any:
         kind = type(value)
@@ -100,6 +108,18 @@ class Clones:
         made.__kwdefaults__ = value.__kwdefaults__
         made.__dict__.update(value.__dict__)
         return made
+
+
+@functools.cache
+def _with_interception(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose calls go to the handler first, and to its own ``__call__`` from there."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        handler = self.__dict__["_compiled_call_impl"]
+        return handler.outer(functools.partial(cls.__call__, self), args, kwargs)
+
+    names = {"__call__": call, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), names)
 
 
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type})

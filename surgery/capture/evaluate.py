@@ -11,14 +11,15 @@ masks and token counts agree with each other. The guard that comes of it is mark
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx, nn
 
-from surgery.capture.values import TensorSpec, leaves, map_structure
+from surgery.capture import private
+from surgery.capture.structure import leaves, map_structure
+from surgery.capture.values import TensorSpec
 
 # Elements read and written by the slice of the graph that has to run; about 0.1 s of CPU.
 BUDGET = 1 << 25
@@ -61,7 +62,7 @@ class Evaluator:
             nodes = self._slice(node, stop=_is_floating)
         shared = not any(part.meta.get("mutates") for part in nodes)
         known = self._known if shared else {}
-        with _isolated():
+        with private.for_real():
             for part in nodes:
                 if part not in known:
                     known[part] = self._run(part, known, real=real)
@@ -162,16 +163,3 @@ def _is_meta(value: object) -> bool:
 
 def _numel(spec: object) -> int:
     return torch.Size(spec.shape).numel() if isinstance(spec, TensorSpec) else 0
-
-
-@contextmanager
-def _isolated() -> Iterator[None]:
-    """Outside every mode of the trace, without autograd, and with the generators put back."""
-    unset_fake = torch._subclasses.fake_tensor.unset_fake_temporarily
-    with (
-        torch._C.DisableTorchFunction(),
-        unset_fake(),
-        torch.random.fork_rng(),
-        torch.no_grad(),
-    ):
-        yield

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from surgery.capture.where import Where
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Guard:
@@ -16,7 +18,8 @@ class Guard:
 
     Attributes:
         kind: How the value was demanded: ``bool``, ``int``, ``float``, ``str``, ``hash``, ``len``,
-            or ``data`` when it took the contents of a tensor.
+            ``none``, a tensor attribute such as ``dtype``, or ``data`` when it took the contents
+            of a tensor.
         expression: What was demanded, as Python over the names of the graph's nodes.
         expected: The value it had.
         file: Source file of the statement that demanded it.
@@ -25,7 +28,7 @@ class Guard:
         assumed: The value was made up: it depends on data that was not there (meta device) or
             too expensive to compute. The trace is one that the model can take, not
             necessarily the one it takes.
-        node: The tensor node behind a ``data`` guard; None for sizes.
+        node: The node that has the value, where the graph has one.
     """
 
     kind: str
@@ -37,6 +40,19 @@ class Guard:
     assumed: bool = False
     node: fx.Node | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    @property
+    def where(self) -> Where:
+        """``file:line`` of the statement that demanded the value."""
+        return Where(f"{self.file}:{self.line}")
+
     def __str__(self) -> str:
         told = "assumed" if self.assumed else self.kind
-        return f"{self.expression} == {self.expected!r} ({told}, {self.file}:{self.line})"
+        return f"{self.expression} == {self.expected!r} ({told}, {self.where})"
+
+
+def expect(value: Any, expected: Any) -> None:
+    """Marks a guard in the graph of a captured forward; ``meta["guard"]`` is the `Guard`."""
+
+
+def assign(path: str, value: Any) -> None:
+    """Marks ``self.path = value`` in the graph of a captured forward."""

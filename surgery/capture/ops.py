@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
+from surgery.capture import private
 
 
 class Op(NamedTuple):
@@ -115,8 +115,8 @@ def mutates(func: Any, kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     if name in ("__setitem__", "__delitem__") or kwargs.get("out") is not None:
         return True
-    if isinstance(func, torch._ops.OpOverload):
-        return func._schema.is_mutable
+    if private.is_operator(func):
+        return private.writes_arguments(func)
     trailing = name.endswith("_") and not name.endswith("__")
     inplace = name.startswith("__i") and name.strip("_") in _INPLACE
     return trailing or inplace or kwargs.get("inplace") is True

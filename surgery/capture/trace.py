@@ -10,10 +10,13 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from surgery.capture import private
 from surgery.capture.clone import Clones
 from surgery.capture.guards import Guard
 from surgery.capture.tracer import Options, Tracer
-from surgery.capture.values import TensorProxy, UnhashableSymbol, map_structure
+from surgery.capture.settle import settle
+from surgery.capture.structure import map_structure
+from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
 
 # Layers whose inside says nothing about the architecture. Subclasses count: a rewritten or
@@ -21,17 +24,16 @@ from surgery.errors import CaptureError
 ATOMIC: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Bilinear,
-    nn.modules.conv._ConvNd,
+    private.CONVOLUTION,
     nn.Embedding,
     nn.EmbeddingBag,
-    nn.modules.batchnorm._NormBase,
+    private.NORM_BASE,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,
     nn.LocalResponseNorm,
     nn.PReLU,
-    nn.RNNBase,
-    nn.RNNCellBase,
+    *private.RECURRENT,
 )
 
 
@@ -77,27 +79,7 @@ def trace_model(
         CaptureError: the forward does something that cannot be followed; names the module and
             the statement.
     """
-    options = Options()
-    while True:
-        try:
-            return _trace(model, args, dict(kwargs or {}), options)
-        except Exception as error:
-            better = _retry(options, error)
-            if better is None:
-                raise
-            options = better
-
-
-def _retry(options: Options, error: BaseException) -> Options | None:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UnhashableSymbol) and not options.hash_symbols:
-            return dataclasses.replace(options, hash_symbols=True)
-        wants_bool = isinstance(cause, TypeError) and "not SymbolicBool" in str(cause)
-        if wants_bool and not options.eager_bools:
-            return dataclasses.replace(options, eager_bools=True)
-        cause = cause.__cause__ or cause.__context__
-    return None
+    return settle(lambda options: _trace(model, args, dict(kwargs or {}), options), Options())
 
 
 def _trace(
@@ -112,7 +94,7 @@ def _trace(
     except CaptureError:
         raise
     except Exception as error:
-        raise tracer.error(f"{type(error).__name__}: {error}", cause=error) from error
+        raise tracer.failed(error) from error
     tracer.graph.output(_output(result))
     _drop_unused_shapes(tracer.graph)
     return Trace(tracer.graph, tuple(tracer.guards), tracer.constants)
@@ -125,7 +107,7 @@ def _placeholders(
 
     def proxied(name: str, value: Any) -> Any:
         def leaf(item: Any) -> Any:
-            return tracer.placeholder(name, item) if isinstance(item, torch.Tensor) else item
+            return tracer.input(name, item) if isinstance(item, torch.Tensor) else item
 
         return map_structure(value, leaf)
 
@@ -138,8 +120,10 @@ def _placeholders(
 
 def _output(value: Any) -> Any:
     """The nodes of a result, in its own nesting; what is no tensor and no number is None."""
-    if type(value) is TensorProxy:
+    if is_proxy(value):
         return value.node
+    if is_symbol(value):
+        return value.fx_node
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
         return {str(key): _output(item) for key, item in items}

@@ -9,39 +9,37 @@ arrive here through the clones: each is recorded as a leaf or run, as the caller
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import operator
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 from torch.overrides import TorchFunctionMode
 
-from surgery.capture import ops
+from surgery.capture import ops, private, queries
 from surgery.capture.clone import Clones
+from surgery.capture.contexts import Ambient
 from surgery.capture.evaluate import Evaluator
-from surgery.capture.guards import Guard
+from surgery.capture.guards import Guard, expect
+from surgery.capture.objects import ObjectProxy, is_object, node_of, shadow_of
+from surgery.capture.structure import leaves, map_structure, rebuild, tensors
 from surgery.capture.values import (
+    SYMBOLS,
     Symbol,
     TensorProxy,
     TensorSpec,
     describe,
+    is_proxy,
     is_symbol,
-    leaves,
-    make_symbol,
-    map_structure,
+    make_proxy,
+    read_attribute,
 )
+from surgery.capture.where import raised_at, user_line
 from surgery.errors import CaptureError
 
 
@@ -50,28 +48,19 @@ class Options:
     """How a trace answers what has more than one answer.
 
     Attributes:
+        replayable: The graph will be run again on other inputs: everything Python is told gets
+            a guard, and each guard a node at its place. Off for a trace that is only read.
         hash_symbols: Let a symbolic number be hashed (at the price of a guard). Off at first,
             since libraries that can do without (einops) then keep it symbolic.
-        eager_bools: Turn every comparison of sizes into a guard at once, for torch functions
-            whose parsers want a plain bool.
+        plain_numbers: Hand out comparisons of sizes and a module's own numbers as plain values
+            (with a guard each), for torch functions whose parsers refuse symbolic ones.
+        keep_caches: Keep tensors in a module's plain dicts: they are no caches after all.
     """
 
+    replayable: bool = False
     hash_symbols: bool = False
-    eager_bools: bool = False
-
-
-class Where(str):
-    """``file:line`` of a statement of the model's own code."""
-
-    __slots__ = ()
-
-    @property
-    def file(self) -> str:
-        return self.rpartition(":")[0]
-
-    @property
-    def line(self) -> int:
-        return int(self.rpartition(":")[2])
+    plain_numbers: bool = False
+    keep_caches: bool = False
 
 
 class Tracer:
@@ -84,44 +73,43 @@ class Tracer:
     """
 
     def __init__(
-        self,
-        clones: Clones,
-        is_leaf: Callable[[str, nn.Module], bool],
-        options: Options | None = None,
+        self, clones: Clones, is_leaf: Callable[[str, nn.Module], bool], options: Options
     ) -> None:
-        self.options = options or Options()
+        self.options = options
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
-        self.constants: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, Any] = {}
         self._clones = clones
         self._is_leaf = is_leaf
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = private.FakeTensorMode(allow_non_fake_inputs=True)
+        self._ambient = Ambient.now()
         self._owners: list[str] = []
         self._paused = False
         self._examples: dict[str, Any] = {}
-        self._attributes = _tensor_names(clones)
-        self._attribute_nodes: dict[int, fx.Node] = {}
-        self._devices: dict[int, torch.device] = {}
+        self._names = _tensor_names(clones)
+        self._attributes: dict[int, fx.Node] = {}
+        self._devices: dict[int, tuple[torch.device, fx.Node]] = {}
         self._written: dict[int, list[fx.Node]] = {}
-        self._alive: list[Any] = []  # ids are keys above: what they name must not be freed
+        self._told: set[tuple[fx.Node, str]] = set()
+        self._alive: list[Any] = []  # their ids are keys above, so they must not be freed
         self._evaluator = Evaluator(self._fetch, clones.root.get_submodule)
         for module in clones.modules():
-            module.__dict__["_compiled_call_impl"] = functools.partial(self._call_module, module)
+            clones.intercept(module, _Calls(self, module))
 
     # -- running -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> Generator[None]:
         """Torch calls made inside are recorded."""
         with torch.enable_grad(), _Recorder(self):
             yield
 
     @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
+    def _pause(self) -> Generator[None]:
         """What runs inside is not recorded."""
         before, self._paused = self._paused, True
         try:
-            with torch._C.DisableTorchFunction():
+            with private.without_torch_function():
                 yield
         finally:
             self._paused = before
@@ -131,33 +119,44 @@ class Tracer:
         """Dotted path of the module whose forward is running."""
         return self._owners[-1] if self._owners else ""
 
-    def placeholder(self, name: str, example: torch.Tensor) -> TensorProxy:
-        """An input of the graph."""
+    def input(self, name: str, example: Any) -> Any:
+        """An input of the graph, whatever it is: the value to hand to the forward."""
         node = self.graph.placeholder(name)
         self._examples[node.name] = example
-        fake = self._to_fake(example)
-        self._annotate(node, fake)
-        return TensorProxy(self, node, fake, example.requires_grad)
+        self._annotate(node, _shadowed(example))
+        return self._present(node, example)
 
-    def _call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call_module(
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module was called; ``run`` is what it does."""
         if self._paused:
-            return nn.Module._call_impl(module, *args, **kwargs)
+            return run(*args, **kwargs)
         path = self._clones.path[id(module)]
         if self._is_leaf(path, module):
-            return self._record_module(path, module, args, kwargs)
+            return self._record_module(path, module, run, args, kwargs)
         self._owners.append(path)
-        result = nn.Module._call_impl(module, *args, **kwargs)
+        result = run(*args, **kwargs)
         self._owners.pop()  # not in a finally: an error is reported where it happened
         return result
 
     def _record_module(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        path: str,
+        module: nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        node = self._node("call_module", path, args, kwargs)
         with self._pause():
-            call = functools.partial(nn.Module._call_impl, module)
-            result = self._run_fake(node, call, args, kwargs)
-            return self._wrap(node, result, _needs_grad((args, kwargs, [*module.parameters()])))
+            node = self._node("call_module", path, args, kwargs)
+            result = self._run_fake(node, run, args, kwargs)
+            requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
+            return self._wrap(node, result, requires_grad, opaque=True)
 
     # -- torch calls ---------------------------------------------------------------------------
 
@@ -165,13 +164,13 @@ class Tracer:
         """One torch function or tensor method, called by the model."""
         accessor = ops.attribute(func)
         if accessor is not None:
-            return self._attribute(func, accessor, args)
+            return self._access(func, accessor, args)
         name = getattr(func, "__name__", "")
-        if ops.is_method(func) and name in _QUERIES:
-            return _QUERIES[name](self, func, args, kwargs)
-        if func in _STATE or func is torch.device:
+        if ops.is_method(func) and name in queries.METHODS:
+            return queries.METHODS[name](self, func, args, kwargs)
+        if func is private.SET_GRAD_ENABLED or func is torch.device:
             return func(*args, **kwargs)
-        if func in _INLINED:
+        if func is nn.functional.multi_head_attention_forward:
             return self._inline(func, args, kwargs)
         return self.record(func, args, kwargs)
 
@@ -180,15 +179,12 @@ class Tracer:
         op = ops.resolve(func, args, kwargs)
         node = self._node(op.kind, op.target, op.args, kwargs)
         result = self._run_fake(node, func, args, kwargs)
-        if not _holds_tensor(result):
-            if ops.mutates(func, kwargs):
-                self._note_write(node, args, kwargs)
-                return result
+        if ops.mutates(func, kwargs):
+            return self._wrap_written(node, result, args, kwargs)
+        if not tensors(result):
             self.graph.erase_node(node)
             return result
-        if ops.mutates(func, kwargs):
-            return self._wrap_mutated(node, result, args, kwargs)
-        return self._wrap(node, result, _needs_grad((args, kwargs)))
+        return self._wrap(node, result, _needs_grad((args, kwargs)), counted=_counted(func))
 
     def escaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operator called below the level of torch functions (by a scripted function)."""
@@ -200,69 +196,68 @@ class Tracer:
         with _Recorder(self):
             return _body(func)(*args, **kwargs)
 
-    def _attribute(self, func: Any, accessor: tuple[str, str], args: tuple[Any, ...]) -> Any:
+    def _access(self, func: Any, accessor: tuple[str, str], args: tuple[Any, ...]) -> Any:
         kind, name = accessor
-        tensor = args[0]
-        if kind != "get":
-            if name in ("requires_grad", "grad"):
-                return None
-            raise self.error(f"assignment to the attribute {name!r} of a tensor")
-        if name == "shape":
-            return self._shape(tensor)
-        if name == "requires_grad":
-            return tensor.requires_grad
-        result = func(tensor.fake if type(tensor) is TensorProxy else tensor)
-        if name == "device":
-            return self._device(result)
-        if isinstance(result, torch.Tensor):
-            return self._record_getattr(tensor, name)
-        return result
+        if kind == "get":
+            return queries.answer_attribute(self, func, name, args[0])
+        if name in ("requires_grad", "grad"):
+            return None
+        raise self.error(f"assignment to the attribute {name!r} of a tensor")
 
-    def _record_getattr(self, tensor: Any, name: str) -> TensorProxy:
+    def record_attribute(self, tensor: Any, name: str) -> Any:
+        """``tensor.name`` where that is a tensor, such as ``x.T``."""
         node = self._node("call_function", getattr, (tensor, name), {})
         result = self._run_fake(node, getattr, (tensor, name), {})
-        return cast(TensorProxy, self._wrap(node, result, _needs_grad(tensor)))
-
-    def _device(self, device: torch.device) -> torch.device:
-        return device
+        return self._wrap(node, result, _needs_grad(tensor))
 
     # -- sizes and numbers ---------------------------------------------------------------------
 
-    def _shape(self, tensor: torch.Tensor) -> torch.Size:
-        if type(tensor) is not TensorProxy:
-            return torch.Tensor.shape.__get__(tensor)  # a parameter: fixed by the model
-        if tensor.size_cache is None:
-            node = self.graph.call_function(getattr, (tensor.node, "shape"))
-            self._place(node)
-            node.meta["val"] = tuple(tensor.fake.shape)
-            sizes = [
-                make_symbol(self, operator.getitem, (node, index), size, int)
-                for index, size in enumerate(tensor.fake.shape)
-            ]
-            tensor.size_cache = torch.Size(cast(Any, sizes))
-        return tensor.size_cache
+    def shape(self, tensor: torch.Tensor) -> torch.Size:
+        """The symbolic shape of a tensor; a parameter's is fixed by the model."""
+        if not is_proxy(tensor):
+            with private.without_torch_function():
+                return tensor.shape
+        proxy = cast(TensorProxy, tensor)
+        if proxy.sizes is None:
+            node = self._node("call_function", getattr, (proxy, "shape"), {})
+            node.meta["val"] = tuple(proxy.fake.shape)
+            if self.options.replayable and proxy.node.meta.get("loose_rank"):
+                rank = len(proxy.fake.shape)
+                self.guard("rank", f"len({describe(node)})", rank, self._call(len, (node,), rank))
+            proxy.sizes = torch.Size(
+                cast(
+                    Any,
+                    [
+                        self._symbol(operator.getitem, (node, index), size)
+                        for index, size in enumerate(proxy.fake.shape)
+                    ],
+                )
+            )
+        return proxy.sizes
 
     def arithmetic(self, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """``op`` on symbolic numbers: a new symbol, nothing demanded."""
-        if any(is_symbol(arg) and callable(arg._value) for arg in args):
-            raise_value = functools.partial(_compute, op, args)
-            kind = _result_kind(op, args)
-            return make_symbol(self, op, args, raise_value, kind)
-        value = _compute(op, args)
-        if type(value) not in (int, float, bool):
-            return _demand_all(op, args)
-        symbol = make_symbol(self, op, args, value, type(value))
-        if type(value) is bool and self.options.eager_bools:
+        value = op(*(arg.value if is_symbol(arg) else arg for arg in args))
+        if type(value) not in SYMBOLS:
+            return op(*(arg.demand("number") if is_symbol(arg) else arg for arg in args))
+        assumed = any(is_symbol(arg) and arg.assumed for arg in args)
+        symbol = self._symbol(op, args, value, assumed=assumed)
+        if type(value) is bool and self.options.plain_numbers:
             return bool(symbol)
         return symbol
 
     def demand(self, symbol: Symbol, kind: str) -> Any:
         """Python wants the value of a symbol: a guard."""
-        value = symbol.value
-        if not symbol.guarded:
-            symbol.guarded = True
-            self.guard(kind, describe(symbol), value)
-        return value
+        if not symbol.demanded:
+            symbol.demanded = True
+            node = symbol.fx_node if self.options.replayable else None
+            self.guard(kind, describe(symbol), symbol.value, node, assumed=symbol.assumed)
+        return symbol.value
+
+    def number(self, path: str, value: Any) -> Any:
+        """A number that a module holds, as a symbol: ``self.path``."""
+        symbol = self._symbol(read_attribute, (path,), value)
+        return symbol.demand("plain") if self.options.plain_numbers else symbol
 
     def guard(
         self,
@@ -270,95 +265,252 @@ class Tracer:
         expression: str,
         expected: Any,
         node: fx.Node | None = None,
+        *,
         assumed: bool = False,
     ) -> None:
+        """Put down that Python was told ``expected``."""
         where = user_line()
-        self.guards.append(
-            Guard(kind, expression, expected, where.file, where.line, self.owner, assumed, node)
-        )
+        guard = Guard(kind, expression, expected, where.file, where.line, self.owner, assumed, node)
+        self.guards.append(guard)
+        if self.options.replayable and node is not None:
+            marker = self.graph.call_function(expect, (node, expected))
+            self._place(marker)
+            marker.meta["guard"] = guard
 
     def emit_symbol(self, symbol: Symbol) -> fx.Node:
         """Write the node that computes a symbol."""
         if symbol.op is None:
             return symbol.args[0]
-        node = self.graph.call_function(symbol.op, self._arguments(symbol.args))
-        self._place(node)
-        node.meta["val"] = symbol.value
-        return node
+        if symbol.op is read_attribute:
+            node = self.graph.get_attr(symbol.args[0])
+            self._annotate(node, symbol.value)
+            return node
+        return self._call(symbol.op, symbol.args, symbol.value)
 
-    # -- data ----------------------------------------------------------------------------------
+    def _symbol(
+        self,
+        op: Callable[..., Any] | None,
+        args: tuple[Any, ...],
+        value: Any,
+        *,
+        assumed: bool = False,
+    ) -> Symbol:
+        return SYMBOLS[type(value)](self, op, args, value, assumed=assumed)
 
-    def data(self, tensor: torch.Tensor, kind: str, expression: str) -> torch.Tensor:
-        """The contents of a tensor, demanded by Python, with the guard that comes of it."""
-        node = self._as_node(tensor)
+    # -- facts and contents --------------------------------------------------------------------
+
+    def tell(self, tensor: Any, name: str, value: Any) -> Any:
+        """A fact about a tensor (``x.dtype``), with its guard if the graph is to run again."""
+        if not self.options.replayable or not is_proxy(tensor):
+            return value
+        if type(value) is bool:
+            return self._symbol(None, (self._call(getattr, (tensor, name), value),), value)
+        if (tensor.node, name) not in self._told:
+            self._told.add((tensor.node, name))
+            node = self._call(getattr, (tensor, name), value)
+            self.guard(name, describe(node), value, node)
+        return value
+
+    def tell_method(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> Any:
+        """The same for a fact that a method tells (``x.is_contiguous()``)."""
+        if not self.options.replayable or not is_proxy(args[0]):
+            return value
+        node = self._node("call_method", name, args, kwargs)
+        node.meta["val"] = value
+        return self._present(node, value, none_guard=False)
+
+    def device(self, tensor: Any, device: torch.device) -> torch.device:
+        """``x.device``: guarded as far as its type, and passed on as ``x.device`` itself."""
+        if not self.options.replayable or not is_proxy(tensor):
+            return device
+        node = self._call(getattr, (tensor, "device"), device)
+        if (tensor.node, "device") not in self._told:
+            self._told.add((tensor.node, "device"))
+            kind = self._call(getattr, (node, "type"), device.type)
+            self.guard("device", describe(kind), device.type, kind)
+        fresh = torch.device(str(device))  # an object of its own, recognised when passed on
+        self._devices[id(fresh)] = (fresh, node)
+        return fresh
+
+    def contents(self, tensor: torch.Tensor, how: Callable[..., Any] | str) -> Symbol:
+        """One number out of a tensor: ``bool(x)``, ``int(x)``, ``float(x)`` or ``x.item()``."""
+        source = self.node_of(tensor)
         with self._pause():
-            answer = self._evaluator.value(node)
-        expected = answer.value.tolist() if answer.value.numel() <= 16 else "..."
-        self.guard(kind, expression, expected, node, answer.assumed)
-        return answer.value
+            answer = self._evaluator.value(source)
+            value = answer.value.item() if isinstance(how, str) else how(answer.value)
+        kind = "call_method" if isinstance(how, str) else "call_function"
+        node = self._node(kind, how, (tensor,), {})
+        node.meta["val"] = value
+        return self._symbol(None, (node,), value, assumed=answer.assumed)
 
     def _fetch(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self._examples[node.name]
+            return copy.deepcopy(self._examples[node.name])
         target = cast(str, node.target)
         if target in self.constants:
             return self.constants[target]
         return operator.attrgetter(target)(self._clones.root)
 
+    # -- objects -------------------------------------------------------------------------------
+
+    def object_attribute(self, proxy: ObjectProxy, name: str) -> Any:
+        """``object.name``: a method is recorded when called, anything else right away."""
+        shadow = shadow_of(proxy)
+        with self._pause():
+            value = getattr(shadow, name)
+            if callable(value) and getattr(value, "__self__", None) is shadow:
+                return functools.partial(self._method, proxy, name)
+            return self._present(self._call(getattr, (proxy, name), None), value)
+
+    def _method(self, proxy: ObjectProxy, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self.object_call(proxy, name, args, kwargs)
+
+    def object_call(
+        self, proxy: ObjectProxy, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """``object.name(...)``, carried out on the example object."""
+        shadow = shadow_of(proxy)
+        with self._pause():
+            node = self._node("call_method", name, (proxy, *args), kwargs)
+            node.meta["mutates"] = True
+            node_of(proxy).meta.setdefault("written_by", []).append(node)
+            with private.no_autograd(), self._fake:
+                result = getattr(shadow, name)(*self.unwrap(args), **self.unwrap(kwargs))
+            if result is shadow:
+                return proxy
+            return self._wrap(node, result, _needs_grad((args, kwargs)), opaque=True)
+
+    def object_truth(self, proxy: ObjectProxy) -> bool:
+        """``bool(object)``."""
+        value = bool(shadow_of(proxy))
+        return bool(self._symbol(None, (self._call(bool, (proxy,), value),), value))
+
+    def object_items(self, proxy: ObjectProxy) -> Iterator[Any]:
+        """``iter(object)``: as many items as the example has, with a guard on that."""
+        with self._pause():
+            items = list(shadow_of(proxy))
+            return iter(self._present(self._call(list, (proxy,), None), items))
+
+    def set_object_attribute(self, proxy: ObjectProxy, name: str, value: Any) -> None:
+        """``object.name = value``."""
+        node = self._node("call_function", setattr, (proxy, name, value), {})
+        node.meta["mutates"] = True
+        setattr(shadow_of(proxy), name, self.unwrap(value))
+
+    def _present(self, node: fx.Node, value: Any, *, none_guard: bool = True) -> Any:
+        """What the forward gets to see of ``value``, which ``node`` gives."""
+        kind = cast(type, type(value))
+        if isinstance(value, torch.Tensor):
+            fake = value if isinstance(value, private.FakeTensor) else self._to_fake(value)
+            node.meta["val"] = TensorSpec.of(fake)
+            return make_proxy(self, node, fake, requires_grad=value.requires_grad)
+        if kind in SYMBOLS:
+            if node.op == "placeholder" and kind is bool:
+                return value  # part of the signature
+            node.meta["val"] = value
+            return self._symbol(None, (node,), value)
+        if issubclass(kind, (tuple, list)):
+            return self._present_items(node, value)
+        if kind is dict:
+            return {key: self._present(self._item(node, key), item) for key, item in value.items()}
+        if is_static(value):
+            if node.op != "placeholder" and none_guard:
+                self.guard("none" if value is None else "object", describe(node), value, node)
+            return value
+        shadow = value if node.op != "placeholder" else self._copy_object(value)
+        return ObjectProxy(self, node, shadow)
+
+    def _present_items(self, node: fx.Node, value: Any) -> Any:
+        if node.op != "placeholder" and not _inside_placeholder(node):
+            count = len(value)
+            length = self._call(len, (node,), count)
+            self.guard("len", f"len({node.name})", count, length)
+        items = [self._present(self._item(node, index), item) for index, item in enumerate(value)]
+        return rebuild(type(value), items)
+
+    def _item(self, node: fx.Node, key: Any) -> fx.Node:
+        return self._call(operator.getitem, (node, key), None)
+
+    def _copy_object(self, value: Any) -> Any:
+        try:
+            with _SharedTensors():
+                return copy.deepcopy(value)
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            kind = type(value).__name__
+            raise self.error(f"an input of class {kind} cannot be copied: {error}") from error
+
     # -- nodes ---------------------------------------------------------------------------------
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> fx.Node:
+        node = self._node("call_function", function, args, {})
+        node.meta["val"] = value
+        return node
 
     def _node(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> fx.Node:
-        node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
+        node = self.graph.create_node(kind, target, self.arguments(args), self.arguments(kwargs))
         self._place(node)
         return node
 
     def _place(self, node: fx.Node) -> None:
         node.meta["owner"] = self.owner
         node.meta["where"] = user_line()
+        if self.options.replayable:
+            node.meta["context"] = self._ambient.changes()
 
     def _annotate(self, node: fx.Node, value: Any) -> None:
         self._place(node)
         node.meta["val"] = map_structure(value, _spec)
 
-    def _arguments(self, value: Any) -> Any:
+    def arguments(self, value: Any) -> Any:
+        """``value`` with nodes for everything the trace made."""
         return map_structure(value, self._argument)
 
     def _argument(self, value: Any) -> Any:
-        if type(value) is TensorProxy:
+        if is_proxy(value):
             return value.node
         if is_symbol(value):
             return value.fx_node
+        if is_object(value):
+            return node_of(value)
         if isinstance(value, torch.Tensor):
-            return self._attribute_node(value)
+            return self._tensor_node(value)
+        if type(value) is torch.device and id(value) in self._devices:
+            return self._devices[id(value)][1]
         return value
 
-    def _as_node(self, tensor: torch.Tensor) -> fx.Node:
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that gives a tensor."""
         return cast(fx.Node, self._argument(tensor))
 
-    def _attribute_node(self, tensor: torch.Tensor) -> fx.Node:
+    def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         """The ``get_attr`` node of a parameter, a buffer, or a tensor the model holds elsewhere."""
-        if isinstance(tensor, FakeTensor):
+        if isinstance(tensor, private.FakeTensor):
             raise self.error("a tensor computed inside a leaf escaped without being returned")
         key = id(tensor)
-        if key not in self._attribute_nodes:
-            name = self._attributes.get(key)
+        if key not in self._attributes:
+            name = self._names.get(key)
             if name is None:
                 name = f"_constant{len(self.constants)}"
                 self.constants[name] = tensor
             self._alive.append(tensor)
             node = self.graph.get_attr(name)
-            self._annotate(node, tensor)
-            self._attribute_nodes[key] = node
-        return self._attribute_nodes[key]
+            with private.without_torch_function():
+                self._annotate(node, tensor)
+            self._attributes[key] = node
+        return self._attributes[key]
 
     # -- fake execution ------------------------------------------------------------------------
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._fake.from_tensor(tensor.detach(), static_shapes=True)
+        with private.without_torch_function():
+            return private.to_fake(self._fake, tensor)
 
-    def _unwrap(self, value: Any) -> Any:
+    def unwrap(self, value: Any) -> Any:
+        """``value`` with fake tensors, plain numbers and example objects for what the trace made."""
         return map_structure(value, _unwrap_leaf)
 
     def _run_fake(
@@ -368,11 +520,11 @@ class Tracer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        fake_args, fake_kwargs = self._unwrap(args), self._unwrap(kwargs)
+        fake_args, fake_kwargs = self.unwrap(args), self.unwrap(kwargs)
         try:
-            with _without_grad(), self._fake:
+            with private.no_autograd(), self._fake:
                 return call(*fake_args, **fake_kwargs)
-        except _NEEDS_DATA:
+        except private.NEEDS_DATA:
             with self._pause(), self._known_integers((args, kwargs)):
                 return self._run_with_data(node, call, fake_args, fake_kwargs)
 
@@ -381,9 +533,9 @@ class Tracer:
     ) -> Any:
         """The result's shape depends on data: integers, masks, or the operator has no rule."""
         try:
-            with _without_grad(), self._fake:
+            with private.no_autograd(), self._fake:
                 return call(*args, **kwargs)
-        except _NEEDS_DATA:
+        except private.NEEDS_DATA:
             answer = self._evaluator.value(node)
         device = _device_of(node) if answer.assumed else None
 
@@ -393,17 +545,17 @@ class Tracer:
         return map_structure(answer.value, fake)
 
     @contextlib.contextmanager
-    def _known_integers(self, arguments: Any) -> Iterator[None]:
+    def _known_integers(self, arguments: Any) -> Generator[None]:
         """Inside, the integer and bool tensors among the arguments have their contents."""
-        given: list[FakeTensor] = []
+        given: list[private.FakeTensor] = []
         for proxy in leaves(arguments):
-            if type(proxy) is not TensorProxy or proxy.fake.dtype.is_floating_point:
+            if not is_proxy(proxy) or proxy.fake.dtype.is_floating_point:
                 continue
-            fake = cast(FakeTensor, proxy.fake)
+            fake = cast(private.FakeTensor, proxy.fake)
             if fake.constant is None:
                 answer = self._evaluator.value(proxy.node)
                 if answer.assumed:
-                    self.guard("data", proxy.node.name, "...", proxy.node, assumed=True)
+                    self.guards.append(self._assumption(proxy.node))
                 fake.constant = answer.value
                 given.append(fake)
         try:
@@ -412,173 +564,113 @@ class Tracer:
             for fake in given:
                 fake.constant = None
 
-    def _wrap(self, node: fx.Node, result: Any, requires_grad: bool) -> Any:
-        self._annotate(node, result)
-        node.meta["written_by"] = self._written.get(_storage(result), ())
-        return self._wrap_parts(node, result, requires_grad)
+    def _assumption(self, node: fx.Node) -> Guard:
+        where = user_line()
+        return Guard("data", node.name, "...", where.file, where.line, self.owner, True, node)
 
-    def _wrap_parts(self, node: fx.Node, result: Any, requires_grad: bool) -> Any:
-        kind = type(result)
+    # -- results -------------------------------------------------------------------------------
+
+    def _wrap(
+        self,
+        node: fx.Node,
+        result: Any,
+        requires_grad: bool,
+        *,
+        opaque: bool = False,
+        counted: bool = False,
+    ) -> Any:
+        """Proxies for a result. ``opaque``: made by code that was not traced, so that its
+        structure may differ at the next call; ``counted``: so may the number of its tensors."""
+        node.meta["val"] = map_structure(result, _spec)
+        if isinstance(result, torch.Tensor):
+            written = self._written.get(private.storage_id(result))
+            if written is not None:
+                node.meta["written_by"] = written
+        node.meta["loose_rank"] = _has_loose_rank(node, opaque)
+        return self._wrap_part(node, result, requires_grad, opaque=opaque, counted=counted)
+
+    def _wrap_part(
+        self, node: fx.Node, result: Any, requires_grad: bool, *, opaque: bool, counted: bool
+    ) -> Any:
+        kind = cast(type, type(result))
         if isinstance(result, torch.Tensor):
             floating = result.is_floating_point() or result.is_complex()
-            return TensorProxy(self, node, result, requires_grad and floating)
+            return make_proxy(self, node, result, requires_grad=requires_grad and floating)
         if issubclass(kind, (tuple, list)):
+            if (opaque or counted) and self.options.replayable:
+                length = self._call(len, (node,), len(result))
+                self.guard("len", f"len({node.name})", len(result), length)
             items = [
-                self._wrap_parts(self._item(node, index, item), item, requires_grad)
+                self._wrap_item(node, index, item, requires_grad, opaque)
                 for index, item in enumerate(result)
             ]
-            return _rebuild(kind, items)
-        if isinstance(result, dict):
-            keyed = cast(dict[Any, Any], result)
-            return kind(
-                (key, self._wrap_parts(self._item(node, key, item), item, requires_grad))
-                for key, item in keyed.items()
-            )
-        return result
+            return rebuild(kind, items)
+        if not opaque:
+            return result
+        if kind in SYMBOLS or is_static(result):
+            replayable = self.options.replayable
+            return self._present(node, result, none_guard=replayable)
+        return ObjectProxy(self, node, result)
 
-    def _item(self, node: fx.Node, key: Any, item: Any) -> fx.Node:
-        if not _holds_tensor(item):
-            return node
-        part = self.graph.call_function(operator.getitem, (node, key))
-        self._annotate(part, item)
-        return part
+    def _wrap_item(
+        self, node: fx.Node, index: int, item: Any, requires_grad: bool, opaque: bool
+    ) -> Any:
+        if not opaque and not tensors(item):
+            return item
+        part = self._item(node, index)
+        part.meta["val"] = map_structure(item, _spec)
+        part.meta["loose_rank"] = opaque
+        return self._wrap_part(part, item, requires_grad, opaque=opaque, counted=False)
 
-    def _wrap_mutated(
+    def _wrap_written(
         self, node: fx.Node, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self._annotate(node, result)
-        self._note_write(node, args, kwargs)
-        for proxy in leaves((args, kwargs)):
-            if type(proxy) is TensorProxy and proxy.fake is result:
-                proxy.node = node
-                proxy.size_cache = None
-                return proxy
-        return self._wrap_parts(node, result, _needs_grad((args, kwargs)))
-
-    def _note_write(self, node: fx.Node, args: Any, kwargs: dict[str, Any]) -> None:
+        """The result of a call that writes: its target under the new node."""
+        node.meta["val"] = map_structure(result, _spec)
         node.meta["mutates"] = True
-        target = kwargs.get("out", args[0] if args else None)
-        for tensor in leaves(target):
-            if type(tensor) is TensorProxy:
-                written = self._written.setdefault(_storage(tensor.fake), [])
+        for target in leaves(kwargs.get("out", args[0] if args else None)):
+            if is_proxy(target):
+                written = self._written.setdefault(private.storage_id(target.fake), [])
                 written.append(node)
-                tensor.node.meta["written_by"] = written
+                target.node.meta["written_by"] = written
+        for proxy in leaves((args, kwargs)):
+            if is_proxy(proxy) and proxy.fake is result:
+                proxy.node = node
+                proxy.sizes = None
+                return proxy
+        needs_grad = _needs_grad((args, kwargs))
+        return self._wrap_part(node, result, needs_grad, opaque=False, counted=False)
 
     def error(self, why: str, *, cause: BaseException | None = None) -> CaptureError:
         """A CaptureError for the statement that is running, or that raised ``cause``."""
-        where = user_line() if cause is None else _raised_at(cause)
+        where = user_line() if cause is None else raised_at(cause)
         path = self.owner
-        module = self._clones.root.get_submodule(path)
-        name = f"{path or 'the model'} ({type(module).__name__})"
-        return CaptureError(f"cannot trace {name}: {where}: {why}")
+        kind = type(self._clones.root.get_submodule(path)).__name__
+        return CaptureError(f"cannot trace {path or 'the module'} ({kind}): {where}: {why}")
+
+    def failed(self, error: Exception) -> CaptureError:
+        """The CaptureError for an exception that came out of the forward."""
+        return self.error(f"{type(error).__name__}: {error}", cause=error)
 
 
-_NEEDS_DATA = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
+class _Calls:
+    """Where the calls of one cloned module go."""
+
+    def __init__(self, tracer: Tracer, module: nn.Module) -> None:
+        self._tracer = tracer
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(_run_module, self._module)
+        return self._tracer.call_module(self._module, run, args, kwargs)
+
+    def outer(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for a class with a ``__call__`` of its own, which is ``run``."""
+        return self._tracer.call_module(self._module, run, args, kwargs)
 
 
-# -- questions a model asks of a tensor ---------------------------------------------------------
-
-
-def _size(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shape = tracer._shape(args[0])
-    dim = args[1] if len(args) > 1 else kwargs.get("dim")
-    return shape if dim is None else shape[dim]
-
-
-def _numel(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return functools.reduce(operator.mul, tracer._shape(args[0]), 1)
-
-
-def _length(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    shape = tracer._shape(args[0])
-    return operator.index(shape[0])
-
-
-def _plain(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answered from the tensor's layout and dtype."""
-    return func(*tracer._unwrap(args), **tracer._unwrap(kwargs))
-
-
-def _to_bool(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return bool(tracer.data(args[0], "data", f"bool({tracer._as_node(args[0]).name})"))
-
-
-def _to_int(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return int(tracer.data(args[0], "data", f"int({tracer._as_node(args[0]).name})"))
-
-
-def _to_float(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    return float(tracer.data(args[0], "data", f"float({tracer._as_node(args[0]).name})"))
-
-
-def _to_list(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return tracer.data(args[0], "data", f"{tracer._as_node(args[0]).name}.tolist()").tolist()
-
-
-def _item(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return tracer.data(args[0], "data", f"{tracer._as_node(args[0]).name}.item()").item()
-
-
-def _contains(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return bool((args[0] == args[1]).any())
-
-
-def _repr(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return f"<{tracer._as_node(args[0]).name}: {TensorSpec.of(tracer._unwrap(args[0]))}>"
-
-
-def _hash(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return id(args[0])
-
-
-def _numpy(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise tracer.error("the tensor leaves torch for NumPy, where it cannot be followed")
-
-
-_QUERIES: dict[str, Callable[[Tracer, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
-    "size": _size,
-    "numel": _numel,
-    "nelement": _numel,
-    "__len__": _length,
-    "__bool__": _to_bool,
-    "__int__": _to_int,
-    "__index__": _to_int,
-    "__float__": _to_float,
-    "tolist": _to_list,
-    "item": _item,
-    "__contains__": _contains,
-    "__repr__": _repr,
-    "__format__": _repr,
-    "__hash__": _hash,
-    "numpy": _numpy,
-    "__array__": _numpy,
-    **dict.fromkeys(
-        (
-            "dim",
-            "ndimension",
-            "is_contiguous",
-            "is_floating_point",
-            "is_complex",
-            "is_signed",
-            "element_size",
-            "stride",
-            "storage_offset",
-            "get_device",
-            "is_pinned",
-            "is_shared",
-            "is_inference",
-        ),
-        _plain,
-    ),
-}
-
-# Calls that change the state of the thread: carried out, not recorded.
-_STATE = frozenset({torch._C._set_grad_enabled})
-_INLINED = frozenset({nn.functional.multi_head_attention_forward})
+def _run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return private.call_inner(module, args, kwargs)
 
 
 class _Recorder(TorchFunctionMode):
@@ -598,67 +690,102 @@ class _Recorder(TorchFunctionMode):
         return self._tracer.call(func, args, kwargs or {})
 
 
+class _SharedTensors(TorchFunctionMode):
+    """Inside, copies of objects hold the same tensors: a trace never writes to a real one."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def _body(func: Any) -> Callable[..., Any]:
     """The Python body of a torch function, without its question whether to be intercepted."""
     names = {**func.__globals__, "has_torch_function": _never}
-    copy = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
+    made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__)
+    made.__kwdefaults__ = func.__kwdefaults__
+    return made
 
 
 def _never(*args: Any) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _without_grad() -> Iterator[None]:
-    before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_grad_enabled(before)
+def is_static(value: Any) -> bool:
+    """True for what a graph takes as it is: its value belongs to the signature of a call."""
+    return isinstance(value, _STATIC) or value is Ellipsis or value is NotImplemented
+
+
+_STATIC = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    range,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+)
+
+# Functions that give as many tensors as the sizes of their argument say.
+_COUNTED = frozenset(
+    {"split", "chunk", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split",
+     "unsafe_chunk", "nonzero"}
+)  # fmt: skip
+# Functions whose result drops dimensions as the sizes of their argument say.
+_LOOSE_RANK = frozenset({"squeeze", "squeeze_"})
+
+
+def _counted(func: Any) -> bool:
+    return getattr(func, "__name__", "") in _COUNTED
+
+
+def _has_loose_rank(node: fx.Node, opaque: bool) -> bool:
+    """True when the graph alone does not say how many dimensions the result has."""
+    if opaque or getattr(node.target, "__name__", node.target) in _LOOSE_RANK:
+        return True
+    return any(argument.meta.get("loose_rank") for argument in node.all_input_nodes)
+
+
+def _inside_placeholder(node: fx.Node) -> bool:
+    while node.target is operator.getitem:
+        node = cast(fx.Node, node.args[0])
+    return node.op == "placeholder"
+
+
+def _shadowed(example: Any) -> Any:
+    return example if isinstance(example, torch.Tensor) or is_static(example) else None
 
 
 def _unwrap_leaf(value: Any) -> Any:
-    if type(value) is TensorProxy:
+    if is_proxy(value):
         return value.fake
-    return value.value if is_symbol(value) else value
+    if is_symbol(value):
+        return value.value
+    return shadow_of(value) if is_object(value) else value
 
 
 def _spec(value: Any) -> Any:
     return TensorSpec.of(value) if isinstance(value, torch.Tensor) else value
 
 
-def _holds_tensor(value: Any) -> bool:
-    kind = type(value)
-    if isinstance(value, torch.Tensor):
-        return True
-    if issubclass(kind, (tuple, list)):
-        return any(_holds_tensor(item) for item in value)
-    if isinstance(value, dict):
-        return any(_holds_tensor(item) for item in cast(dict[Any, Any], value).values())
-    return False
-
-
-def _rebuild(kind: type, items: list[Any]) -> Any:
-    if kind in (tuple, list) or getattr(kind, "_fields", None) is None:
-        return kind(items)
-    return kind(*items)
-
-
 def _needs_grad(value: Any) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves(value))
-
-
-def _storage(value: Any) -> int:
-    """Identifies the memory a fake tensor lives in."""
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return 0
-    return value.untyped_storage()._cdata
+    with private.without_torch_function():
+        return any(tensor.requires_grad for tensor in tensors(value))
 
 
 def _device_of(node: fx.Node) -> torch.device | None:
@@ -670,63 +797,11 @@ def _device_of(node: fx.Node) -> torch.device | None:
     return None
 
 
-def _compute(op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return op(*(arg.value if is_symbol(arg) else arg for arg in args))
-
-
-def _demand_all(op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return op(*(arg.demand("complex") if is_symbol(arg) else arg for arg in args))
-
-
-def _result_kind(op: Callable[..., Any], args: tuple[Any, ...]) -> type:
-    raise AssertionError
-
-
 def _tensor_names(clones: Clones) -> dict[int, str]:
     """``id`` of every tensor held by a module → its dotted name, the first of a tied one's."""
     names: dict[int, str] = {}
     for module in clones.modules():
         prefix = clones.path[id(module)]
-        for name, value in _own_tensors(module):
-            names.setdefault(id(value), f"{prefix}.{name}" if prefix else name)
+        for name, tensor in private.own_tensors(module):
+            names.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
     return names
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for group in (module._parameters, module._buffers, module.__dict__):
-        for name, value in group.items():
-            if isinstance(value, torch.Tensor):
-                yield name, value
-
-
-_HERE = __file__.rpartition("/")[0] + "/"
-_TORCH = torch.__file__.rpartition("/")[0] + "/"
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(filename: str) -> bool:
-    """True for torch, this package and einops: a statement there is not the model's."""
-    if filename.startswith(("<", _HERE, _TORCH)):
-        return True
-    return "/einops/" in filename or filename.endswith(("/contextlib.py", "/functools.py"))
-
-
-def _raised_at(error: BaseException) -> Where:
-    """The innermost of the model's own statements an exception went through."""
-    found = Where("<unknown>:0")
-    entry = error.__traceback__
-    while entry is not None:
-        if not _is_library(entry.tb_frame.f_code.co_filename):
-            found = Where(f"{entry.tb_frame.f_code.co_filename}:{entry.tb_lineno}")
-        entry = entry.tb_next
-    return found
-
-
-def user_line() -> Where:
-    """The innermost running statement that belongs to the model's own code."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
-            return Where(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        frame = frame.f_back
-    return Where("<unknown>:0")

@@ -2,10 +2,10 @@
 
 A `TensorProxy` is a ``torch.Tensor`` without data. It carries the graph node that computes it
 and a fake tensor with its shape, dtype and device, so ``isinstance(x, torch.Tensor)`` holds and
-every operator answers. A `SymbolicInt` (or float, or bool) is what ``x.shape[0]`` and the
-arithmetic on it give: an expression with an example value. It stays an expression for as long
-as it meets only arithmetic and torch calls. When Python demands the value itself (``if``,
-``range``, ``len``, ``int``), the tracer records a guard and the value is handed out.
+every operator answers. A `Symbol` is what ``x.shape[0]`` and the arithmetic on it give: an
+expression with an example value. It stays an expression for as long as it meets only arithmetic
+and torch calls. When Python demands the value itself (``if``, ``range``, ``len``, ``int``), the
+tracer records a guard and the value is handed out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
+
+from surgery.capture import private
+from surgery.capture.structure import tensors
 
 if TYPE_CHECKING:
     from surgery.capture.tracer import Tracer
@@ -33,6 +36,7 @@ class TensorSpec:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorSpec:
+        """The spec of a tensor."""
         return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
 
     def __str__(self) -> str:
@@ -45,35 +49,9 @@ class TensorProxy(torch.Tensor):
     tracer: Tracer
     node: fx.Node
     fake: torch.Tensor
-    size_cache: torch.Size | None
+    sizes: torch.Size | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(
-        cls, tracer: Tracer, node: fx.Node, fake: torch.Tensor, requires_grad: bool
-    ) -> TensorProxy:
-        make = cast(Any, torch.Tensor)._make_wrapper_subclass
-        proxy = make(
-            cls,
-            fake.shape,
-            strides=fake.stride() if fake.layout is torch.strided else None,
-            storage_offset=fake.storage_offset() if fake.layout is torch.strided else 0,
-            dtype=fake.dtype,
-            layout=fake.layout,
-            device=fake.device,
-            requires_grad=requires_grad,
-        )
-        return cast(TensorProxy, proxy)
-
-    def __init__(
-        self, tracer: Tracer, node: fx.Node, fake: torch.Tensor, requires_grad: bool
-    ) -> None:
-        del requires_grad  # consumed by __new__
-        self.tracer = tracer
-        self.node = node
-        self.fake = fake
-        self.size_cache = None
+    __torch_function__ = private.unhandled
 
     @classmethod
     def __torch_dispatch__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -84,10 +62,32 @@ class TensorProxy(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The net below: an operator that reached the dispatcher unseen (a scripted function)."""
-        return find_tracer((args, kwargs)).escaped(func, args, kwargs or {})
+        proxies = [tensor for tensor in tensors((args, kwargs)) if isinstance(tensor, TensorProxy)]
+        return proxies[0].tracer.escaped(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorProxy:
         return self
+
+
+def make_proxy(
+    tracer: Tracer, node: fx.Node, fake: torch.Tensor, *, requires_grad: bool
+) -> TensorProxy:
+    """A proxy for the result of ``node``."""
+    proxy = cast(TensorProxy, private.wrapper(TensorProxy, fake, requires_grad))
+    proxy.tracer = tracer
+    proxy.node = node
+    proxy.fake = fake
+    proxy.sizes = None
+    return proxy
+
+
+def is_proxy(value: object) -> bool:
+    """True for a tensor of a trace."""
+    return type(value) is TensorProxy
+
+
+class UnhashableSymbol(TypeError):
+    """A symbolic number was used as a key."""
 
 
 class Symbol:
@@ -97,13 +97,16 @@ class Symbol:
         tracer: The trace this number belongs to.
         op: What computes it; None when ``args`` is the one node that holds it.
         args: Operands: symbols, plain numbers or nodes.
-        value: The example value, or a thunk when it takes data to know it.
+        value: The example value. For the tracer, not for the model: reading it records nothing.
+        assumed: The value rests on made-up data.
     """
 
     tracer: Tracer
     op: Callable[..., Any] | None
     args: tuple[Any, ...]
-    guarded: bool
+    value: Any
+    assumed: bool
+    demanded: bool
 
     def __init__(
         self,
@@ -111,20 +114,16 @@ class Symbol:
         op: Callable[..., Any] | None,
         args: tuple[Any, ...],
         value: Any,
+        *,
+        assumed: bool = False,
     ) -> None:
         self.tracer = tracer
         self.op = op
         self.args = args
-        self.guarded = False
-        self._value = value
+        self.value = value
+        self.assumed = assumed
+        self.demanded = False
         self._node: fx.Node | None = None
-
-    @property
-    def value(self) -> Any:
-        """The example value. Reading it records nothing: for the tracer, not for the model."""
-        if callable(self._value):
-            self._value = self._value()
-        return self._value
 
     @property
     def fx_node(self) -> fx.Node:
@@ -134,9 +133,9 @@ class Symbol:
         return self._node
 
     @property
-    def node(self) -> _Demand:
+    def node(self) -> Demand:
         """What torch's own helpers ask of a symbolic number: each question is a demand."""
-        return _Demand(self)
+        return Demand(self)
 
     def demand(self, kind: str) -> Any:
         """Python wants the value: record the guard and hand it out."""
@@ -153,7 +152,7 @@ class Symbol:
 
     def __hash__(self) -> int:
         # Callers that can do without hashing (einops) catch this, as they do for torch's own
-        # symbolic sizes. The tracer retries with hashing allowed when nobody caught it.
+        # symbolic sizes. The trace is run again with hashing allowed when nobody caught it.
         if not self.tracer.options.hash_symbols:
             raise UnhashableSymbol(f"unhashable: symbolic number {describe(self)}")
         return hash(self.demand("hash"))
@@ -180,11 +179,7 @@ class Symbol:
         return self
 
 
-class UnhashableSymbol(TypeError):
-    """A symbolic number was used as a key."""
-
-
-class _Demand:
+class Demand:
     """The part of ``torch.SymNode`` that torch's helpers call: asking is demanding."""
 
     shape_env = None
@@ -193,30 +188,39 @@ class _Demand:
         self._symbol = symbol
 
     def guard_int(self, file: str, line: int) -> int:
+        """The value as an int."""
         return int(self._symbol)
 
     def guard_bool(self, file: str, line: int) -> bool:
+        """The value as a bool."""
         return bool(self._symbol)
 
     def guard_float(self, file: str, line: int) -> float:
+        """The value as a float."""
         return float(self._symbol)
 
     def is_int(self) -> bool:
-        return isinstance(self._symbol, SymbolicInt)
+        """True for a `SymbolicInt`."""
+        return type(self._symbol) is SymbolicInt
 
     def is_bool(self) -> bool:
-        return isinstance(self._symbol, SymbolicBool)
+        """True for a `SymbolicBool`."""
+        return type(self._symbol) is SymbolicBool
 
     def is_float(self) -> bool:
-        return isinstance(self._symbol, SymbolicFloat)
+        """True for a `SymbolicFloat`."""
+        return type(self._symbol) is SymbolicFloat
 
     def is_constant(self) -> bool:
+        """Never: it stands for an expression."""
         return False
 
     def is_symbolic(self) -> bool:
+        """Always."""
         return True
 
     def is_nested_int(self) -> bool:
+        """Never: nested tensors are not traced."""
         return False
 
 
@@ -246,14 +250,7 @@ class SymbolicBool(Symbol, torch.SymBool):
         return bool
 
 
-def make_symbol(
-    tracer: Tracer, op: Callable[..., Any] | None, args: tuple[Any, ...], value: Any, kind: type
-) -> Symbol:
-    """The symbol class for a value of type ``kind``."""
-    return _SYMBOLS[kind](tracer, op, args, value)
-
-
-_SYMBOLS: dict[type, type[Symbol]] = {
+SYMBOLS: dict[type, type[Symbol]] = {
     int: SymbolicInt,
     float: SymbolicFloat,
     bool: SymbolicBool,
@@ -265,43 +262,55 @@ def is_symbol(value: object) -> bool:
     return issubclass(type(value), Symbol)
 
 
-def _sym_not(value: Any) -> bool:
+def read_attribute(path: str) -> Any:
+    """Marks a symbol that stands for a number the module holds: ``self.path``."""
+    raise AssertionError(f"self.{path} is read by the generated code")
+
+
+def sym_not(value: Any) -> bool:
+    """``not value``, as a function."""
     return not value
 
 
-_BINARY: dict[str, Callable[..., Any]] = {
+_Op = Callable[..., Any]
+_BINARY: dict[str, _Op] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "truediv": operator.truediv,
-    "floordiv": operator.floordiv,
+    "truediv": cast(_Op, operator.truediv),
+    "floordiv": cast(_Op, operator.floordiv),
     "mod": operator.mod,
-    "pow": operator.pow,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-    "lshift": operator.lshift,
-    "rshift": operator.rshift,
+    "pow": cast(_Op, operator.pow),
+    "and": cast(_Op, operator.and_),
+    "or": cast(_Op, operator.or_),
+    "xor": cast(_Op, operator.xor),
+    "lshift": cast(_Op, operator.lshift),
+    "rshift": cast(_Op, operator.rshift),
 }
-_COMPARE: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+_COMPARE: dict[str, _Op] = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
 }
-_UNARY: dict[str, Callable[..., Any]] = {
-    "neg": operator.neg,
-    "pos": operator.pos,
-    "abs": operator.abs,
-    "invert": operator.invert,
-    "floor": math.floor,
-    "ceil": math.ceil,
-    "trunc": math.trunc,
-    "sym_float": float,
-    "sym_int": int,
-    "sym_not": _sym_not,
-    "sym_sqrt": math.sqrt,
+_UNARY: dict[str, _Op] = {
+    "__neg__": operator.neg,
+    "__pos__": operator.pos,
+    "__abs__": operator.abs,
+    "__invert__": operator.invert,
+    "__floor__": math.floor,
+    "__ceil__": math.ceil,
+    "__trunc__": math.trunc,
+    "__sym_float__": float,
+    "__sym_int__": int,
+    "__sym_not__": sym_not,
+    "_sympy_sqrt": math.sqrt,
 }
 
 
-def _arithmetic(op: Callable[..., Any], reflected: bool = False) -> Callable[[Any, Any], Any]:
+def _binary(op: _Op, *, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
     def method(self: Symbol, other: Any) -> Any:
         if not isinstance(other, (int, float)):  # a tensor's own operator takes over
             return NotImplemented
@@ -310,7 +319,7 @@ def _arithmetic(op: Callable[..., Any], reflected: bool = False) -> Callable[[An
     return method
 
 
-def _unary(op: Callable[..., Any]) -> Callable[[Any], Any]:
+def _unary(op: _Op) -> Callable[[Symbol], Any]:
     def method(self: Symbol) -> Any:
         return self.tracer.arithmetic(op, (self,))
 
@@ -321,8 +330,8 @@ def _round(self: Symbol, digits: int | None = None) -> Any:
     return self.tracer.arithmetic(round, (self,) if digits is None else (self, digits))
 
 
-def _divmod(self: Symbol, other: Any) -> Any:
-    return self // other, self % other  # pyright: ignore[reportOperatorIssue]
+def _divmod(self: Any, other: Any) -> Any:
+    return self // other, self % other
 
 
 def _sym_max(self: Symbol, other: Any) -> Any:
@@ -333,27 +342,33 @@ def _sym_min(self: Symbol, other: Any) -> Any:
     return self.tracer.arithmetic(min, (self, other))
 
 
-for _name, _op in _BINARY.items():
-    setattr(Symbol, f"__{_name}__", _arithmetic(_op))
-    setattr(Symbol, f"__r{_name}__", _arithmetic(_op, reflected=True))
-for _name, _op in _COMPARE.items():
-    setattr(Symbol, f"__{_name}__", _arithmetic(_op))
-for _name, _op in _UNARY.items():
-    setattr(Symbol, f"__{_name}__", _unary(_op))
-Symbol.__round__ = _round  # pyright: ignore[reportAttributeAccessIssue]
-Symbol.__divmod__ = _divmod  # pyright: ignore[reportAttributeAccessIssue]
-Symbol.__sym_max__ = _sym_max  # pyright: ignore[reportAttributeAccessIssue]
-Symbol.__sym_min__ = _sym_min  # pyright: ignore[reportAttributeAccessIssue]
+_METHODS: dict[str, Callable[..., Any]] = {
+    **{f"__{name}__": _binary(op) for name, op in {**_BINARY, **_COMPARE}.items()},
+    **{f"__r{name}__": _binary(op, reflected=True) for name, op in _BINARY.items()},
+    **{name: _unary(op) for name, op in _UNARY.items()},
+    "__round__": _round,
+    "__divmod__": _divmod,
+    "__sym_max__": _sym_max,
+    "__sym_min__": _sym_min,
+}
+for _name, _method in _METHODS.items():
+    setattr(Symbol, _name, _method)
 
 
-_SIGNS: dict[Any, str] = {
+SIGNS: dict[Any, str] = {
     operator.add: "+",
     operator.sub: "-",
     operator.mul: "*",
+    operator.matmul: "@",
     operator.truediv: "/",
     operator.floordiv: "//",
     operator.mod: "%",
     operator.pow: "**",
+    operator.and_: "&",
+    operator.or_: "|",
+    operator.xor: "^",
+    operator.lshift: "<<",
+    operator.rshift: ">>",
     operator.eq: "==",
     operator.ne: "!=",
     operator.lt: "<",
@@ -361,71 +376,52 @@ _SIGNS: dict[Any, str] = {
     operator.gt: ">",
     operator.ge: ">=",
 }
+PREFIXES: dict[Any, str] = {
+    operator.neg: "-",
+    operator.pos: "+",
+    operator.invert: "~",
+    sym_not: "not ",
+}
 
 
 def describe(value: object) -> str:
     """A symbol as the Python that computes it: ``x.shape[1] // 2``."""
     if isinstance(value, fx.Node):
-        return value.name
+        return _describe_node(value)
     if not is_symbol(value):
         return repr(value)
     symbol = cast(Symbol, value)
     if symbol.op is None:
         return describe(symbol.args[0])
-    if symbol.op is operator.getitem:
-        base, index = symbol.args
-        if isinstance(base, fx.Node) and base.target is getattr:
-            return f"{base.args[0]}.{base.args[1]}[{index}]"
-        return f"{describe(base)}[{index}]"
-    sign = _SIGNS.get(symbol.op)
-    if sign is not None:
-        left, right = (_operand(argument) for argument in symbol.args)
-        return f"{left} {sign} {right}"
-    name = getattr(symbol.op, "__name__", str(symbol.op))
-    return f"{name}({', '.join(describe(argument) for argument in symbol.args)})"
+    return _describe_call(symbol.op, symbol.args)
+
+
+def _describe_node(node: fx.Node) -> str:
+    if node.target is getattr:
+        return f"{describe(node.args[0])}.{node.args[1]}"
+    if node.op == "get_attr":
+        return f"self.{node.target}"
+    if node.op == "call_method" and len(node.args) == 1:
+        return f"{describe(node.args[0])}.{node.target}()"
+    if node.target in (bool, int, float, len):
+        return f"{cast(type, node.target).__name__}({describe(node.args[0])})"
+    return node.name
+
+
+def _describe_call(op: _Op, args: tuple[Any, ...]) -> str:
+    if op is operator.getitem:
+        return f"{describe(args[0])}[{args[1]}]"
+    if op is read_attribute:
+        return f"self.{args[0]}"
+    if op in SIGNS and len(args) == 2:
+        return f"{_operand(args[0])} {SIGNS[op]} {_operand(args[1])}"
+    if op in PREFIXES:
+        return f"{PREFIXES[op]}{_operand(args[0])}"
+    name = getattr(op, "__name__", str(op))
+    return f"{name}({', '.join(describe(argument) for argument in args)})"
 
 
 def _operand(value: object) -> str:
     text = describe(value)
-    compound = is_symbol(value) and cast(Symbol, value).op in _SIGNS
+    compound = is_symbol(value) and cast(Symbol, value).op in SIGNS
     return f"({text})" if compound else text
-
-
-_LISTS = (list, fx.immutable_collections.immutable_list)
-_DICTS = (dict, fx.immutable_collections.immutable_dict)
-
-
-def map_structure(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    """``value`` with every leaf of its tuples, lists, dicts and slices passed through ``leaf``."""
-    kind = type(value)
-    if kind is tuple:
-        return tuple(map_structure(item, leaf) for item in value)
-    if kind is torch.Size:
-        return tuple(leaf(item) for item in value)
-    if kind in _LISTS:
-        return [map_structure(item, leaf) for item in value]
-    if kind in _DICTS:
-        return {key: map_structure(item, leaf) for key, item in value.items()}
-    if kind is slice:
-        bounds = (value.start, value.stop, value.step)
-        return slice(*(map_structure(bound, leaf) for bound in bounds))
-    if issubclass(kind, tuple):
-        items = [map_structure(item, leaf) for item in value]
-        named = getattr(kind, "_fields", None) is not None
-        return kind(*items) if named else kind(items)
-    return leaf(value)
-
-
-def leaves(value: Any) -> list[Any]:
-    """The leaves of a nested structure, in order."""
-    found: list[Any] = []
-    map_structure(value, found.append)
-    return found
-
-
-def find_tracer(value: Any) -> Tracer:
-    """The tracer of the first proxy in ``value``."""
-    for leaf in leaves(value):
-        if type(leaf) is TensorProxy:
-            return leaf.tracer
-    raise AssertionError("a proxy's operator was called without a proxy")

@@ -1,0 +1,93 @@
+"""Inputs and results that are neither tensors nor numbers: caches, model outputs, configs.
+
+An `ObjectProxy` stands for such an object in the forward that is traced. What the forward does
+to it (attributes, methods, items) is written into the graph as done to the object, so that the
+captured forward does the same to whatever object it is given. A copy of the example object
+plays along to know what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+if TYPE_CHECKING:
+    from surgery.capture.tracer import Tracer
+
+_SLOTS = ("_tracer", "_fx_node", "_shadow")
+
+
+class ObjectProxy:
+    """An object of a trace: ``node`` gives it, ``shadow`` is the example.
+
+    Attribute access is forwarded, so this class has nothing public of its own; the tracer uses
+    `node_of` and `shadow_of`.
+    """
+
+    __slots__ = _SLOTS
+
+    def __init__(self, tracer: Tracer, node: fx.Node, shadow: Any) -> None:
+        object.__setattr__(self, "_tracer", tracer)
+        object.__setattr__(self, "_fx_node", node)
+        object.__setattr__(self, "_shadow", shadow)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(shadow_of(self))
+
+    def __getattr__(self, name: str) -> Any:
+        return _tracer(self).object_attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _tracer(self).set_object_attribute(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _tracer(self).object_call(self, "__getitem__", (key,), {})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _tracer(self).object_call(self, "__setitem__", (key, value), {})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _tracer(self).object_call(self, "__call__", args, kwargs)
+
+    def __len__(self) -> int:
+        return int(_tracer(self).object_call(self, "__len__", (), {}))
+
+    def __bool__(self) -> bool:
+        return _tracer(self).object_truth(self)
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(_tracer(self).object_call(self, "__contains__", (item,), {}))
+
+    def __iter__(self) -> Iterator[Any]:
+        return _tracer(self).object_items(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<{node_of(self).name}: {type(shadow_of(self)).__name__}>"
+
+
+def _tracer(proxy: ObjectProxy) -> Tracer:
+    return object.__getattribute__(proxy, "_tracer")
+
+
+def node_of(proxy: ObjectProxy) -> fx.Node:
+    """The node that gives the object."""
+    return object.__getattribute__(proxy, "_fx_node")
+
+
+def shadow_of(proxy: ObjectProxy) -> Any:
+    """The example object."""
+    return object.__getattribute__(proxy, "_shadow")
+
+
+def is_object(value: object) -> bool:
+    """True for an `ObjectProxy` (``isinstance`` would be answered by its ``__class__``)."""
+    return type(value) is ObjectProxy

@@ -1,0 +1,142 @@
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""The parts of torch below its public surface that a trace needs, each behind a typed name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
+
+__all__ = [
+    "CONVOLUTION",
+    "NEEDS_DATA",
+    "NORM_BASE",
+    "RECURRENT",
+    "SET_GRAD_ENABLED",
+    "FakeTensor",
+    "FakeTensorMode",
+    "call_inner",
+    "intercept_calls",
+    "is_operator",
+    "is_real",
+    "no_autograd",
+    "own_tensors",
+    "storage_id",
+    "to_fake",
+    "unhandled",
+    "without_torch_function",
+    "writes_arguments",
+]
+
+# Raised by fake tensors when a result's shape depends on contents, or an operator has no rule.
+NEEDS_DATA: tuple[type[Exception], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+NORM_BASE: type[nn.Module] = nn.modules.batchnorm._NormBase
+CONVOLUTION: type[nn.Module] = nn.modules.conv._ConvNd
+RECURRENT: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
+SET_GRAD_ENABLED: Callable[[bool], None] = torch._C._set_grad_enabled
+
+
+def call_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with its hooks, past whatever `intercept_calls` put in the way."""
+    return module._call_impl(*args, **kwargs)
+
+
+def intercept_calls(module: nn.Module, handler: Callable[..., Any]) -> None:
+    """Send ``module(...)`` to ``handler``; the slot ``nn.Module.compile`` uses, per instance."""
+    module.__dict__["_compiled_call_impl"] = handler
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and plain tensor attributes of the module itself, by name."""
+    for group in (module._parameters, module._buffers, module.__dict__):
+        for name, value in group.items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+
+
+def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
+    """The shape, dtype and device of ``tensor`` as a tensor without data."""
+    return cast(FakeTensor, mode.from_tensor(tensor.detach(), static_shapes=True))
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identifies the memory a tensor lives in; 0 where that is not known."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+
+
+def wrapper(cls: type[torch.Tensor], like: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+    """A tensor of class ``cls`` without data, with the metadata of ``like``."""
+    strided = like.layout is torch.strided
+    return torch.Tensor._make_wrapper_subclass(
+        cls,
+        like.shape,
+        strides=like.stride() if strided else None,
+        storage_offset=like.storage_offset() if strided else 0,
+        dtype=like.dtype,
+        layout=like.layout,
+        device=like.device,
+        requires_grad=requires_grad,
+    )
+
+
+# A tensor class whose ``__torch_function__`` is this is not asked: the mode has been.
+unhandled: Any = torch._C._disabled_torch_function_impl
+
+
+def without_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Inside, torch functions are called without asking modes and subclasses."""
+    return torch._C.DisableTorchFunction()
+
+
+def is_operator(func: object) -> bool:
+    """True for an overload of ``torch.ops``, as the dispatcher hands it out."""
+    return isinstance(func, torch._ops.OpOverload)
+
+
+def writes_arguments(func: Any) -> bool:
+    """True when the schema of a `torch.ops` overload says that it writes to an argument."""
+    return func._schema.is_mutable
+
+
+def is_real(tensor: torch.Tensor) -> bool:
+    """True for a tensor with contents."""
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+@contextlib.contextmanager
+def no_autograd() -> Generator[None]:
+    """`torch.no_grad` without the cost of its bookkeeping: entered once per traced call."""
+    before = torch.is_grad_enabled()
+    SET_GRAD_ENABLED(False)
+    try:
+        yield
+    finally:
+        SET_GRAD_ENABLED(before)
+
+
+@contextlib.contextmanager
+def for_real() -> Generator[None]:
+    """Inside, torch computes: no modes of the trace, no autograd; generators are put back."""
+    with (
+        without_torch_function(),
+        unset_fake_temporarily(),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
+        yield
