@@ -1,0 +1,1 @@
+"""Plain nn.Modules that rewrites insert. Imports torch and einops only."""

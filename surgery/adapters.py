@@ -29,6 +29,7 @@ from surgery.passes.hosts import (
     Bank,
     Banks,
     Mix,
+    Override,
     merge_into,
     mergeable,
     overrides,
@@ -116,10 +117,10 @@ def using(model: nn.Module, choice: Choice) -> Generator[None]:
     Raises:
         ModelStateError: there is no such adapter, or the adapters are merged.
     """
-    mix = _mix(model, choice)
+    override = Override.of(_mix(model, choice))
     banks = _banks(model)
     _refuse_merged(banks)
-    chosen = dict.fromkeys((bank.family.number for bank in banks), mix)
+    chosen = dict.fromkeys((bank.family.number for bank in banks), override)
     token = overrides.set({**(overrides.get() or {}), **chosen})
     try:
         yield

@@ -6,7 +6,7 @@ the stock module.
 """
 
 from surgery.passes.hosts.attach import Place, attach, check_free, detach
-from surgery.passes.hosts.bank import CHILD, Bank, Banks, Family, Mix, bank_of, overrides
+from surgery.passes.hosts.bank import CHILD, Bank, Banks, Family, Mix, Override, bank_of, overrides
 from surgery.passes.hosts.hosting import HOSTS, Hosting, hosting_of
 from surgery.passes.hosts.merging import merge_into, mergeable, take_out
 from surgery.passes.hosts.uses import Use, Uses
@@ -19,6 +19,7 @@ __all__ = [
     "Family",
     "Hosting",
     "Mix",
+    "Override",
     "Place",
     "Use",
     "Uses",

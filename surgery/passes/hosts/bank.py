@@ -12,7 +12,7 @@ import itertools
 import zlib
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,28 @@ CHILD = "lowrank"
 
 _numbers = itertools.count(1)
 
-# Family number → the mix that counts for calls in this context (thread or task) instead of the
-# active one. It is read in the forward itself, so that torch.compile guards what it read.
-overrides: ContextVar[Mapping[int, Mix] | None] = ContextVar("surgery_adapters", default=None)
+
+
+class Override(NamedTuple):
+    """What counts for the calls of one context instead of what is active.
+
+    Attributes:
+        mix: The adapters with their shares.
+        code: A number that differs from one mix to the next.
+    """
+
+    mix: Mix
+    code: int
+
+    @classmethod
+    def of(cls, mix: Mix) -> Override:
+        """The override for a mix."""
+        return cls(mix, zlib.crc32(repr(mix).encode()) >> 1)
+
+
+# Family number → override, for this context (thread or task). It is read in the forward itself,
+# so that torch.compile guards what it read.
+overrides: ContextVar[Mapping[int, Override] | None] = ContextVar("surgery_adapters", default=None)
 
 
 class Family:
@@ -93,16 +112,16 @@ class Bank(nn.Module):
         Raises:
             ModelStateError: the context asks for a mix while the adapters are merged.
         """
-        mix = self._override()
+        override = self._override()
         if self.merged is not None:
-            if mix is not None:
+            if override is not None:
                 raise ModelStateError(
                     "adapters that are merged into the weights cannot be switched off or mixed",
                     hint="call surgery.adapters.unmerge(model) first",
                 )
             return []
         adapters = self.__dict__["_modules"]
-        chosen = self.active if mix is None else mix
+        chosen = self.active if override is None else override.mix
         return [(adapters[name], share) for name, share in chosen if name in adapters]
 
     def seal(self, result: Tensor, source: Tensor) -> Tensor:
@@ -120,11 +139,11 @@ class Bank(nn.Module):
             ModelStateError: the forward runs under re-entrant checkpointing, which compares
                 nothing.
         """
-        mix = self._override()
-        if mix is None:
+        override = self._override()
+        if override is None:
             return result
         if torch.is_grad_enabled():
-            return cast("Tensor", _Witness.apply(result, _code(mix)))
+            return cast("Tensor", _Witness.apply(result, override.code))
         if self.training and source.requires_grad:
             raise ModelStateError(
                 "a mix of adapters for one call does not survive re-entrant checkpointing",
@@ -133,7 +152,7 @@ class Bank(nn.Module):
             )
         return result
 
-    def _override(self) -> Mix | None:
+    def _override(self) -> Override | None:
         context = overrides.get()
         return None if context is None else context.get(self.family.number)
 
@@ -153,10 +172,6 @@ def bank_of(module: nn.Module, parameter: str = "weight") -> Bank | None:
     if isinstance(child, Banks):
         child = child.__dict__["_modules"].get(parameter)
     return cast("Bank | None", child)
-
-
-def _code(mix: Mix) -> int:
-    return zlib.crc32(repr(mix).encode()) >> 1
 
 
 class _Witness(torch.autograd.Function):

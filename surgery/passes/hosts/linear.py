@@ -81,8 +81,8 @@ def _kernel_changed(layer: nn.Linear, x: Tensor) -> bool:
     """
     weight = layer.weight
     return (
-        not weight.requires_grad
-        and type(weight) in _PLAIN
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
         and x.dim() > 2
         and not x.is_contiguous()
         and not torch.is_autocast_enabled(x.device.type)
