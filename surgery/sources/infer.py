@@ -21,7 +21,7 @@ def example_of(model: nn.Module, batch: int, seed: int) -> Example:
         SourceError: no rule covers the model.
     """
     draw = Draw(batch, seed)
-    signature = inspect.signature(inspect.unwrap(stock_class(model).forward))
+    signature = inspect.signature(inspect.unwrap(cast("Any", stock_class(model)).forward))
     parameters = {name: item for name, item in signature.parameters.items() if name != "self"}
     try:
         return _inferred(model, parameters, draw)
@@ -33,9 +33,7 @@ def example_of(model: nn.Module, batch: int, seed: int) -> Example:
         ) from None
 
 
-def _inferred(
-    model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw
-) -> Example:
+def _inferred(model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw) -> Example:
     library = next((name for cls in type(model).__mro__ if (name := library_of(cls))), None)
     if library == "transformers" and isinstance(model, require(library).PreTrainedModel):
         from surgery.sources import infer_transformers

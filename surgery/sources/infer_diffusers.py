@@ -24,7 +24,9 @@ _FRAMES = 5
 _IMAGE = 32
 
 
-def infer(model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw) -> dict[str, Any]:
+def infer(
+    model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw
+) -> dict[str, Any]:
     """Keyword arguments for one call of ``model``.
 
     Args:
@@ -70,7 +72,9 @@ class _Inputs:
 
     def field(self, *names: str) -> Any:
         """The first of ``names`` that is set in the configuration."""
-        return next((self.config[name] for name in names if self.config.get(name) is not None), None)
+        return next(
+            (self.config[name] for name in names if self.config.get(name) is not None), None
+        )
 
     def require(self, *names: str) -> Any:
         value = self.field(*names)

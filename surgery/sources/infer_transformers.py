@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.sources.draw import Draw, Uninferable
+from surgery.sources.libraries import attributes
 
 LENGTH = 12
 DECODER_LENGTH = 8
@@ -23,7 +24,9 @@ FREE_IMAGE_SIZE = 64
 _FRAMES = 24
 
 
-def infer(model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw) -> dict[str, Any]:
+def infer(
+    model: nn.Module, parameters: Mapping[str, inspect.Parameter], draw: Draw
+) -> dict[str, Any]:
     """Keyword arguments for one call of ``model``.
 
     Args:
@@ -80,7 +83,7 @@ class _Inputs:
             ("vision_config", "image", "pixel_values"),
             ("audio_config", "audio", "input_features"),
         ):
-            fields = vars(self.config)
+            fields = attributes(self.config)
             spliced = any(word in key and "token" in key for key in fields)
             has_part = part in fields or f"{word}_size" in fields
             if has_part and name in self.parameters and not spliced:
@@ -112,9 +115,9 @@ class _Inputs:
         return {
             token
             for config in _configs(self.config)
-            for key, value in vars(config).items()
+            for key, value in attributes(config).items()
             if key.endswith(("_token_id", "_token_index"))
-            for token in (value if isinstance(value, list) else [value])
+            for token in (cast("list[Any]", value) if isinstance(value, list) else [value])
             if isinstance(token, int)
         }
 
@@ -149,7 +152,7 @@ class _Inputs:
         height, width = self._image_size()
         channels = self.field("num_channels", "in_channels", "in_chans") or 3
         frames = self.field("num_frames") if self._has_convolution(3) else None
-        if frames is None and "num_frames" in vars(self.config):
+        if frames is None and "num_frames" in attributes(self.config):
             frames = self.config.num_frames
         time = () if frames is None else (frames,)
         return self.draw.normal(self.draw.batch, *time, channels, height, width)
@@ -163,7 +166,8 @@ class _Inputs:
     def _image_size(self) -> tuple[int, int]:
         size = self.field("image_size", "crop_size", "input_size")
         if isinstance(size, dict):
-            size = [size["height"], size["width"]]
+            sides = cast("dict[str, int]", size)
+            return sides["height"], sides["width"]
         if isinstance(size, (list, tuple)):
             found = [int(value) for value in cast("list[int]", size)]
             return (found[0], found[1]) if len(found) > 1 else (found[0], found[0])
@@ -200,7 +204,7 @@ class _Inputs:
         return self.draw.normal(self.draw.batch, *shape, hop * _FRAMES)
 
     def sound_features(self) -> Tensor:
-        """Mel features: (batch, bins, frames) where positions are learnt, else (.., frames, bins)."""
+        """Mel features: (batch, bins, frames) with learnt positions, else (batch, frames, bins)."""
         bins, positions = self.field("num_mel_bins"), self.field("max_source_positions")
         if isinstance(bins, int) and isinstance(positions, int):
             return self.draw.normal(self.draw.batch, bins, 2 * positions)

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from surgery.errors import SourceError
 
@@ -36,7 +36,8 @@ def require(name: str) -> ModuleType:
     """
     if not installed(name):
         raise SourceError(
-            f"{name} is not installed", hint=f"pip install 'model-surgery[{name.split('.')[0]}]'"
+            f"{name} is not installed",
+            hint=f"pip install 'model-surgery[{name.partition('.')[0]}]'",
         )
     return importlib.import_module(name)
 
@@ -46,6 +47,11 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
+def attributes(obj: object) -> dict[str, Any]:
+    """What an object or a class carries in its own ``__dict__``."""
+    return dict(vars(obj))
+
+
 def library_of(cls: type) -> str | None:
     """The library that defines ``cls``, or None for a class of the user's own."""
     package = cls.__module__.partition(".")[0]
@@ -53,8 +59,10 @@ def library_of(cls: type) -> str | None:
 
 
 def stock_class(obj: object) -> type:
-    """The class the library defined, beneath the subclasses that surgery grafts onto an object."""
-    return next(cls for cls in type(obj).__mro__ if "__surgery__" not in cls.__dict__)
+    """The class the library defined, beneath the subclass that surgery grafts onto an object."""
+    marks = (cls.__dict__.get("__surgery__") for cls in type(obj).__mro__)
+    mark = cast("Any", next((found for found in marks if found is not None), None))
+    return type(obj) if mark is None else mark.base
 
 
 def class_path(obj: object) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -123,7 +123,9 @@ def _no_config(store: Store) -> SourceError | CheckpointError:
         parts = sorted(
             name
             for name, value in index.items()
-            if not name.startswith("_") and isinstance(value, list) and all(value)
+            if not name.startswith("_")
+            and isinstance(value, list)
+            and all(cast("list[Any]", value))
         )
         example = "unet" if "unet" in parts else next(iter(parts), "unet")
         return SourceError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgery import record
 from surgery.errors import SourceError
 from surgery.sources import diffusers_models, timm_models, transformers_models
 from surgery.sources.libraries import class_path, library_of, require, stock_class
@@ -29,9 +30,6 @@ _ADAPTERS = {
     "diffusers": diffusers_models,
 }
 _MODEL_BASE = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
-
-# Where plan.py keeps the edit log; a model that has one no longer has the stock state dict.
-_RECORD_ATTRIBUTE = "_surgery_record"
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -131,12 +129,12 @@ class _WithoutDraws(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Any,
-        args: tuple[Any, ...] = (),
+        args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and isinstance(args[0], nn.Parameter):
-            start = args[1] if len(args) > 1 else 0.0
-            return args[0].fill_(start)
+            # The mean of the one, the lower end of the other.
+            return args[0].fill_(args[1] if len(args) > 1 else 0.0)
         return func(*args, **(kwargs or {}))
 
 
@@ -151,7 +149,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
     base = _MODEL_BASE.get(library)
     if base is not None and not issubclass(cls, getattr(require(library), base)):
         raise SourceError(f"{class_path(model)} is a part of a {library} model, not a whole one")
-    edited = _RECORD_ATTRIBUTE in model.__dict__
+    edited = record.ATTRIBUTE in model.__dict__  # then the state dict is no longer the stock one
     description: dict[str, Any] = {
         "format": FORMAT,
         "library": library,
@@ -252,4 +250,4 @@ def _cast(model: nn.Module, dtypes: _Dtypes) -> None:
     for name, buffer in list(model.named_buffers()):
         if buffer.is_floating_point() and buffer.dtype != dtypes[name]:
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(dtypes[name])
+            setattr(model.get_submodule(owner), key, buffer.to(dtypes[name]))

@@ -61,10 +61,8 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     if dtype is None:
         return None
-    if isinstance(dtype, torch.dtype):
-        found = dtype
-    else:
-        found = FLOATING.get(dtype.removeprefix("torch."))
+    named = isinstance(dtype, str)
+    found = FLOATING.get(dtype.removeprefix("torch.")) if named else dtype
     if found is None or not found.is_floating_point:
         raise SourceError(
             f"dtype={dtype!r}: expected a floating dtype", hint=suggest(str(dtype), FLOATING)

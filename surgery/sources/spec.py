@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,11 +101,15 @@ def near_specs(text: str) -> list[str]:
     from surgery.sources import diffusers_models, libraries, timm_models, transformers_models
 
     found: list[str] = []
-    for module in (timm_models, transformers_models, diffusers_models):
-        if not libraries.installed(module.LIBRARY):
-            continue
-        close = difflib.get_close_matches(text, module.names(), n=2, cutoff=0.7)
-        found += [f"{module.LIBRARY}:{name}" for name in close]
+    listings: dict[str, Callable[[], list[str]]] = {
+        timm_models.LIBRARY: timm_models.names,
+        transformers_models.LIBRARY: transformers_models.names,
+        diffusers_models.LIBRARY: diffusers_models.names,
+    }
+    for library, names in listings.items():
+        if libraries.installed(library):
+            close = difflib.get_close_matches(text, names(), n=2, cutoff=0.7)
+            found += [f"{library}:{name}" for name in close]
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         found.append(f"hub:{text}")
     return found

@@ -29,13 +29,18 @@ class Store(ABC):
     def revision(self) -> str | None:
         """The commit the files belong to, or None for a local folder."""
 
+    @property
+    def caveat(self) -> str:
+        """What to add where a file was not found: why it may be there after all."""
+        return ""
+
     @abstractmethod
     def get(self, name: str) -> Path | None:
         """The local path of the file ``name``, fetched if needed; None where there is none."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """The names of all files, sorted."""
+        """The names of the files at hand, sorted."""
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The JSON object in the file ``name``; None where there is no such file.
@@ -55,21 +60,26 @@ class LocalFolder(Store):
 
     @property
     def label(self) -> str:
+        """See ``Store.label``."""
         return str(self.path)
 
     @property
     def folder(self) -> Path:
+        """See ``Store.folder``."""
         return self.path
 
     @property
     def revision(self) -> str | None:
+        """See ``Store.revision``."""
         return None
 
     def get(self, name: str) -> Path | None:
+        """See ``Store.get``."""
         path = self.path / name
         return path if path.is_file() else None
 
     def names(self) -> list[str]:
+        """See ``Store.names``."""
         return sorted(path.name for path in self.path.iterdir() if path.is_file())
 
 
@@ -82,33 +92,50 @@ class HubRepository(Store):
     requested: str | None = None
     _commit: str | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
+    _offline: bool = field(default=False, init=False)
 
     @property
     def label(self) -> str:
+        """See ``Store.label``."""
         return f"hub:{self.repository}" + (f"/{self.subfolder}" if self.subfolder else "")
 
     @property
     def folder(self) -> Path:
+        """See ``Store.folder``."""
         if self._folder is None:
             raise SourceError(f"{self.label}: no file was fetched yet")
         return self._folder
 
     @property
     def revision(self) -> str | None:
+        """See ``Store.revision``."""
         return self._commit
 
+    @property
+    def caveat(self) -> str:
+        """See ``Store.caveat``."""
+        if self._offline:
+            return "; the hub cannot be reached, only the cache was searched"
+        return f"; {self.label} may hold other files, in formats that are not asked for"
+
     def get(self, name: str) -> Path | None:
+        """See ``Store.get``."""
         import huggingface_hub
         from huggingface_hub import errors
 
         try:
-            fetched = huggingface_hub.hf_hub_download(
+            fetched = cast("Any", huggingface_hub).hf_hub_download(
                 self.repository,
                 name,
                 subfolder=self.subfolder or None,
                 revision=self._commit or self.requested,
+                local_files_only=self._offline,
             )
         except errors.LocalEntryNotFoundError as error:
+            if self._folder is not None:
+                # Another file of this commit is in the cache: what is not there may not exist.
+                self._offline = True
+                return None
             raise SourceError(
                 f"{self.label}: {name} is not in the local cache and the hub cannot be reached",
                 hint="check the network, or load a folder that holds the files",
@@ -141,19 +168,10 @@ class HubRepository(Store):
         return path
 
     def names(self) -> list[str]:
-        import huggingface_hub
-        from huggingface_hub import errors
-
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
-        try:
-            files = huggingface_hub.list_repo_files(
-                self.repository, revision=self._commit or self.requested
-            )
-        except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError):
-            # Offline: what the cache holds is what can be named.
-            files = [prefix + path.name for path in self.folder.iterdir()]
-        inside = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
-        return sorted(name for name in inside if "/" not in name)
+        """See ``Store.names``."""
+        # Only what was fetched: asking the hub for the rest can fail in ways that would hide the
+        # error these names are listed in.
+        return sorted(path.name for path in self.folder.iterdir())
 
 
 def read_json(path: Path) -> dict[str, Any]:

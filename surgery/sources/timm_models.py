@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from surgery.errors import CheckpointError, SourceError
 from surgery.registry import suggest
 from surgery.sources import weights
-from surgery.sources.libraries import BUILD_ERRORS, require
+from surgery.sources.libraries import BUILD_ERRORS, attributes, require
 from surgery.sources.request import Request
 from surgery.sources.store import Store
 
@@ -74,7 +75,7 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     settings = {**declared, **cast("dict[str, Any]", raw.get("model_args") or {})}
     cfg = {**cfg, **{key: raw[key] for key in ("num_classes",) if key in raw}}
     cfg = {key: value for key, value in cfg.items() if key in _cfg_fields()}
-    merged = Request(**{**vars(request), "config": {**settings, **request.config}})
+    merged = replace(request, config={**settings, **request.config})
     if not request.pretrained or request.device.type == "meta":
         return _create(name, merged, pretrained=False, pretrained_cfg=cfg), []
     files = weights.find(
@@ -235,7 +236,8 @@ def _check_head(where: str, classes: int, request: Request) -> None:
 
 
 def _cfg_fields() -> set[str]:
-    return set(vars(require("timm.models").PretrainedCfg())) - {"state_dict", "file", "source"}
+    fields = attributes(require("timm.models").PretrainedCfg())
+    return set(fields) - {"state_dict", "file", "source"}
 
 
 def _first_line(error: BaseException) -> str:

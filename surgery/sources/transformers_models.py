@@ -13,7 +13,7 @@ from torch import nn
 from surgery.errors import CheckpointError, SourceError
 from surgery.registry import suggest
 from surgery.sources import weights
-from surgery.sources.libraries import BUILD_ERRORS, require, resolve_class
+from surgery.sources.libraries import BUILD_ERRORS, attributes, require, resolve_class
 from surgery.sources.request import Request
 from surgery.sources.store import Store
 
@@ -147,7 +147,7 @@ def _model_types() -> list[str]:
 def _model_classes() -> list[str]:
     module = require("transformers.models.auto.modeling_auto")
     tables: list[Mapping[str, Any]] = [
-        table for name, table in vars(module).items() if name.endswith("_MAPPING_NAMES")
+        table for name, table in attributes(module).items() if name.endswith("_MAPPING_NAMES")
     ]
     found: set[str] = set()
     for table in tables:
@@ -180,14 +180,14 @@ def _near(name: str) -> bool:
 
 
 def _base_class(config_class: Any) -> Any:
-    mapping = require(LIBRARY).MODEL_MAPPING
+    mapping = cast("Mapping[Any, Any]", require(LIBRARY).MODEL_MAPPING)
     if config_class not in mapping:
         raise SourceError(
             f"transformers has no plain model for {config_class.__name__}",
             hint="name the model class instead of the model type",
         )
     found = mapping[config_class]
-    return found[0] if isinstance(found, (tuple, list)) else found
+    return cast("tuple[Any, ...]", found)[0] if isinstance(found, (tuple, list)) else found
 
 
 def _config_class(raw: Mapping[str, Any], where: str) -> Any:
@@ -295,7 +295,7 @@ def _declared(config_class: Any) -> set[str]:
     writable = {
         name
         for cls in config_class.__mro__
-        for name, member in vars(cls).items()
+        for name, member in attributes(cls).items()
         if isinstance(member, property) and member.fset is not None and not name.startswith("_")
     }
     return (
@@ -311,7 +311,7 @@ def _converted(config_class: Any) -> set[str]:
     readers = [
         member
         for cls in config_class.__mro__
-        for name, member in vars(cls).items()
+        for name, member in attributes(cls).items()
         if name in ("__post_init__", "convert_rope_params_to_dict") and callable(member)
     ]
     return {text for reader in readers for text in _strings(inspect.unwrap(reader))} - {""}

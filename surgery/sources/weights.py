@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import re
 import struct
@@ -192,7 +191,7 @@ def _shards(store: Store, index_path: Path, suffix: str) -> tuple[Path, ...]:
         _check_file(path)
         if suffix == ".safetensors":
             _check_shard(index_path, name, set(read_header(path)), by_shard[name])
-    _check_strays(store, index_path, set(paths), suffix)
+    _check_strays(index_path, set(paths), suffix)
     return tuple(paths.values())
 
 
@@ -231,15 +230,16 @@ def _check_shard(index_path: Path, name: str, held: set[str], listed: set[str]) 
         )
     if extra := sorted(held - listed):
         raise CheckpointError(
-            f"{name!r} holds {extra[0]!r}, which {index_path} does not list ({len(extra)} such keys)"
+            f"{name!r} holds {extra[0]!r}, which {index_path} does not list "
+            f"({len(extra)} such keys)"
         )
 
 
-def _check_strays(store: Store, index_path: Path, known: set[str], suffix: str) -> None:
+def _check_strays(index_path: Path, known: set[str], suffix: str) -> None:
     stem = index_path.name.partition(suffix)[0]
     strays = [
         name
-        for name in store.names()
+        for name in sorted(path.name for path in index_path.parent.iterdir())
         if name.startswith(stem)
         and name.endswith(suffix)
         and _SHARD.search(name.removesuffix(suffix))
@@ -288,10 +288,10 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     import safetensors
-    from safetensors.torch import load_file
+    from safetensors import torch as reader
 
     try:
-        return load_file(path)
+        return cast("Any", reader).load_file(path)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
 
@@ -312,7 +312,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise CheckpointError(
-            f"{path}: expected a dictionary of tensors, got {type(loaded).__name__} with other values"
+            f"{path}: expected a dictionary of tensors only; it holds something else",
+            hint="export the model's state_dict alone, best as safetensors",
         )
     logger.warning("%s is a pickle; it was read with weights_only=True", path)
     return cast("dict[str, Tensor]", loaded)
@@ -327,14 +328,14 @@ def _nothing_found(store: Store, expected: str) -> CheckpointError:
     there = [name for name in store.names() if name.endswith(suffixes)]
     return CheckpointError(
         f"{store.label} holds no weights: expected {expected} (or its .index.json); "
-        f"found {', '.join(there) or 'no weight file at all'}",
+        f"found {', '.join(there) or 'no weight file at all'}{store.caveat}",
         hint="other formats are not read; pass pretrained=False to build from the configuration "
         "only, or variant= if the file's name carries one",
     )
 
 
 def _fingerprint(path: Path, pickled: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": path.name, "bytes": os.path.getsize(path)}
+    entry: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
     if not pickled:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
