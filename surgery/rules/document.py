@@ -91,7 +91,7 @@ class RuleDocument(BaseModel):
 
     model_config = _STRICT
 
-    id: Annotated[str, AfterValidator(check_id)] | None = None
+    id: Annotated[str, AfterValidator(check_id)] = ""
     pass_: Annotated[str, AfterValidator(_check_pass)] = Field(alias="pass")
     where: Annotated[Where | None, _Given] = None
     except_: Annotated[Where | None, _Given] = Field(default=None, alias="except")
@@ -99,11 +99,6 @@ class RuleDocument(BaseModel):
         default_factory=dict[str, Any], alias="with", validate_default=True
     )
     optional: bool = False
-
-    @field_validator("id", mode="before")
-    @classmethod
-    def _id_not_null(cls, value: object) -> object:
-        return _not_null(value)
 
     @field_validator("with_")
     @classmethod
@@ -173,10 +168,20 @@ def _implausible(data: object, loc: Loc) -> Iterator[Problem]:
     elif isinstance(data, list | tuple):
         for index, value in enumerate(cast("list[object]", data)):
             yield from _implausible(value, (*loc, index))
-    elif isinstance(data, float) and not math.isfinite(data):
-        yield Problem(loc, f"every number must be finite, got {data}")
-    elif not isinstance(data, str | int | float | None):
-        yield Problem(loc, f"expected plain data, got {describe(data)}")
+    elif problem := _implausible_scalar(data):
+        yield Problem(loc, problem)
+
+
+def _implausible_scalar(data: object) -> str | None:
+    if isinstance(data, float) and not math.isfinite(data):
+        return f"every number must be finite, got {data}"
+    if isinstance(data, int) and not -(2**63) <= data < 2**63:
+        return "the integer does not fit into 64 bits"
+    if isinstance(data, str) and any("\ud800" <= character <= "\udfff" for character in data):
+        return "half of a surrogate pair is not a character"
+    if not isinstance(data, str | int | float | None):
+        return f"expected plain data, got {describe(data)}"
+    return None
 
 
 def build_options(name: str, value: object) -> object:
@@ -199,10 +204,7 @@ def build_options(name: str, value: object) -> object:
     try:
         built = _adapter(cls).validate_json(json.dumps(known), strict=True)
     except ValidationError as error:
-        schema = _adapter(cls).json_schema(by_alias=False)
-        problems += explain(
-            error, known, lambda loc, key: suggest(key, _keys_at(schema, loc)), "option"
-        )
+        problems += explain(error, known, functools.partial(_option_hint, cls), "option")
     except RuleError as error:
         problems.append(Problem((), error.message, error.hint))
     else:
@@ -212,6 +214,10 @@ def build_options(name: str, value: object) -> object:
         InitErrorDetails(type=problem_error(problem), loc=(), input=given) for problem in problems
     ]
     raise ValidationError.from_exception_data(name, lines)
+
+
+def _option_hint(cls: type, loc: Loc, key: str) -> str:
+    return suggest(key, _keys_at(_adapter(cls).json_schema(by_alias=False), loc))
 
 
 def _keys_at(schema: dict[str, Any], loc: Loc) -> set[str]:
@@ -226,7 +232,10 @@ def _keys_at(schema: dict[str, Any], loc: Loc) -> set[str]:
 def _below(node: dict[str, Any], step: str | int) -> dict[str, Any]:
     if isinstance(step, int):
         return node.get("items", {})
-    return node.get("properties", {}).get(step) or node.get("additionalProperties") or {}
+    if step in node.get("properties", {}):
+        return node["properties"][step]
+    others = node.get("additionalProperties")
+    return cast("dict[str, Any]", others) if isinstance(others, dict) else {}
 
 
 def _branches(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -277,4 +286,7 @@ def _elsewhere(key: str, level: str, options: list[str] | None = None) -> str | 
 
 
 def _options_of(name: str) -> list[str]:
-    return option_names(pass_class(name)) if name in PASSES.names() else []
+    try:
+        return option_names(pass_class(name))
+    except RuleError:  # what is wrong with the pass is told at the key 'pass'
+        return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from surgery.errors import RuleError
 from surgery.registry import suggest
@@ -112,7 +112,7 @@ def shorten(text: str) -> str:
 
 
 def explain(error: ValidationError, data: object, hint: Hint, noun: Noun = "key") -> list[Problem]:
-    """The problems behind a pydantic error, in the order of the document.
+    """The problems behind a pydantic error.
 
     Args:
         error: What pydantic raised.
@@ -123,8 +123,19 @@ def explain(error: ValidationError, data: object, hint: Hint, noun: Noun = "key"
     found = [
         _problem(item, data, hint, noun)
         for item in error.errors(include_url=False)  # each with type, loc, input, msg, ctx
+        if not _is_echo(item)
     ]
     return _join_alternatives(found)
+
+
+def _is_echo(item: Mapping[str, Any]) -> bool:
+    """Whether pydantic calls a list too short only because it did not count the wrong items."""
+    given = item.get("input")
+    return (
+        item["type"] == "too_short"
+        and isinstance(given, list | tuple)
+        and len(cast("list[object]", given)) >= item["ctx"]["min_length"]
+    )
 
 
 def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: Noun) -> Problem:
@@ -164,7 +175,8 @@ def _complaint(kind: str, context: Mapping[str, Any], given: object) -> str | No
     """What is wrong with a value of the right type."""
     if kind in _BOUNDS:
         number = given if isinstance(given, int | float) else describe(given)
-        return f"must be {_BOUNDS[kind].format(**context)}, got {number}"
+        bounds = {name: _plainly(bound) for name, bound in context.items()}
+        return f"must be {_BOUNDS[kind].format(**bounds)}, got {number}"
     if kind in ("string_too_short", "too_short") and context["min_length"] == 1:
         return "must not be empty"
     if kind in _LENGTHS:
@@ -172,6 +184,10 @@ def _complaint(kind: str, context: Mapping[str, Any], given: object) -> str | No
     if kind in ("value_error", "assertion_error"):
         return f"{context['error']}"
     return None
+
+
+def _plainly(bound: object) -> object:
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _in_general(message: str, given: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Protocol, cast, runtime_checkable
@@ -184,7 +185,7 @@ class Recipe:
             RuleError: the folder does not exist or cannot be written to.
         """
         target = FilePath(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             with beside.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(self.to_yaml())
@@ -202,7 +203,7 @@ def _build(rule: document.RuleDocument) -> Rule:
         cast("Options", rule.with_),
         where=rule.where,
         except_=rule.except_,
-        id=rule.id or "",
+        id=rule.id,
         optional=rule.optional,
     )
 

@@ -38,12 +38,14 @@ class Patch:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     method: Literal["lora", "reflora"] = "lora"
     label: str = "default"
-    slices: tuple[Literal["q", "k", "v"], ...] | None = None
+    slices: Annotated[tuple[Literal["q", "k", "v"], ...], Field(min_length=1)] | None = None
     every: int | Literal["auto"] = "auto"
     bias: bool = False
     keep: Keep = Keep.NONE
     window: Window = Window()
     weights: dict[str, float] | None = None
+    windows: dict[str, Window] | None = None
+    notes: dict[str, Any] | None = None
 
     @field_validator("label")
     @classmethod
@@ -134,12 +136,14 @@ patches = st.builds(
     alpha=st.none() | numbers,
     dropout=st.floats(0, 1, exclude_max=True),
     label=texts,
-    slices=st.none() | st.lists(st.sampled_from("qkv"), max_size=3).map(tuple),
+    slices=st.none() | st.lists(st.sampled_from("qkv"), min_size=1, max_size=3).map(tuple),
     every=st.just("auto") | st.integers(-(2**63), 2**63 - 1),
     bias=st.booleans(),
     keep=st.sampled_from(Keep),
     window=windows,
     weights=st.none() | st.dictionaries(texts, numbers, max_size=3),
+    windows=st.none() | st.dictionaries(texts, windows, max_size=2),
+    notes=st.none() | st.dictionaries(texts, st.none() | texts | st.lists(texts), max_size=2),
 )
 passes = (
     patches | st.builds(Needy, size=st.integers(-5, 5)) | st.builds(Plain, size=st.integers(2, 9))

@@ -158,8 +158,8 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     ),
     "null id": (
         TOP + "  - pass: patch\n    «id:",
-        "rule 1 (patch), id: nothing follows the key",
-        "indent what belongs to it, or remove it",
+        "rule 1 (patch), id: expected a string, got nothing",
+        "give it a value, or leave the key out to use the default",
     ),
     "doubled id": (
         TOP + "  - {pass: patch, id: a}\n  - {pass: needy, id: «a, with: {size: 1}}",
@@ -366,6 +366,12 @@ CASES: dict[str, tuple[str, str, str | None]] = {
         "with.slices: expected a list, got the string 'q'",
         None,
     ),
+    "empty list of an option": (options("{slices: «[]}"), "with.slices: must not be empty", None),
+    "bound of a number": (
+        options("{dropout: «1.5}"),
+        "with.dropout: must be less than 1, got 1.5",
+        None,
+    ),
     "union": (
         options("{every: «sometimes}"),
         "with.every: expected an integer or 'auto', got the string 'sometimes'",
@@ -384,6 +390,16 @@ CASES: dict[str, tuple[str, str, str | None]] = {
     "unknown nested option": (
         options("{window: {«begin: 0}}"),
         "rule 'adapters', with.window: unknown option 'begin'",
+        "known: start, stop",
+    ),
+    "unknown key in a mapping of anything": (
+        options("{notes: {a: {b: 1}}, window: {«begin: 0}}"),
+        "unknown option 'begin'",
+        "known: start, stop",
+    ),
+    "unknown key in a mapping of options": (
+        options("{windows: {a: {start: 1}, b: {«begin: 0}}}"),
+        "rule 'adapters', with.windows.b: unknown option 'begin'",
         "known: start, stop",
     ),
     "mapping of numbers": (
@@ -476,8 +492,10 @@ def test_a_flood_of_problems_is_cut():
 def test_a_pass_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(registry.PASSES._builtin, "broken", "surgery.no_such_module:Broken")
     with pytest.raises(RuleError) as raised:
-        Recipe.loads(TOP + "  - pass: broken\n", file="r.yaml")
-    assert str(raised.value) == (
+        Recipe.loads(TOP + "  - pass: broken\n    rank: 3\n", file="r.yaml")
+    first, _, second = str(raised.value).partition("\nr.yaml:4:5: ")
+    assert second.startswith("rule 1 (broken): unknown key 'rank'")
+    assert first == (
         "r.yaml:3:11: rule 1 (broken), pass: pass 'broken' (surgery.no_such_module:Broken) cannot "
         "be imported: No module named 'surgery.no_such_module'\n"
         "  hint: install what it needs, or report this to the package it comes from"
@@ -502,6 +520,10 @@ PLAIN_DATA = [
      "rule 1 (patch): a key must be a string, got the integer 3"),
     ({"version": 1, "rules": [{"pass": "patch", "where": {"role": ("norm", "nrom")}}]},
      "rule 1 (patch), where.role[1]: unknown role 'nrom'"),
+    ({"version": 1, "seed": 10**5000, "rules": []},
+     "seed: the integer does not fit into 64 bits"),
+    ({"version": 1, "recipe": "\ud800", "rules": []},
+     "recipe: half of a surrogate pair is not a character"),
     ([], "a rule file is a mapping with the keys version, recipe, seed, rules; got a list"),
 ]  # fmt: skip
 

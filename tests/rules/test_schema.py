@@ -79,6 +79,8 @@ rules:
       keep: memory
       window: {start: 0, stop: 3}
       weights: null
+      windows: null
+      notes: null
   - id: needy
     pass: needy
     where: {any: [{created_by: adapters}, {shape: {in: ">=256", rank: 3}}]}
@@ -212,7 +214,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: _patch("16"), "Patch.rank: expected an integer, got the string '16'"),
     (lambda: _patch(rnak=1), "Patch: unknown argument 'rnak'\n  hint: did you mean 'rank'?"),
     (lambda: _patch(slices=["q"]), "Patch.slices: expected a tuple, got a list"),
-    (lambda: _patch(*range(12)), "Patch: too many arguments, the first of them the integer 11"),
+    (lambda: _patch(*range(15)), "Patch: too many arguments, the first of them the integer 13"),
     (lambda: Patch(alpha=float("nan")), "Patch.alpha: must be a finite number, got nan"),
     (lambda: Patch(method="reflora", slices=("q",)), "Patch.slices: reflora adapts a layer as a"),
     (
