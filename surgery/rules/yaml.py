@@ -41,6 +41,47 @@ _DIRECTIVE = re.compile(r"(?:[ \t]*(?:#.*)?\r?\n)*(%.*)")
 _QUOTE = 'quote text that has special characters, as in "**.q_proj", "-8:" or ">=256"'
 _WIDTH = 88
 
+_AT_THE_START = ("could not find expected ':'", "found unexpected end of stream")
+_SYNTAX: Mapping[str, tuple[str, str]] = {
+    # what the parser says: what is said instead, and what to do
+    "found character '\\t'": ("a tab cannot indent or separate", "use spaces"),
+    "could not find expected ':'": (
+        "no ':' follows this text",
+        "write 'key: value', or quote the text",
+    ),
+    "mapping values are not allowed here": (
+        "':' is not allowed here",
+        f"begin a line for each key; {_QUOTE}",
+    ),
+    "unknown escape character": (
+        "a backslash in double quotes is an escape, and this one does not exist",
+        "use single quotes, as in 're:.*\\.[0-9]+'",
+    ),
+    "unexpected end of stream": ("the quotes are never closed", "close them"),
+    "got '<stream end>'": ("the file ends within brackets", "close them"),
+    "found '<stream end>'": ("the file ends within brackets", "close them"),
+}
+_JARGON: Mapping[str, str] = {
+    "expected chomping or indentation indicators, but found": (
+        "'>' and '|' begin a block of text and cannot be followed by"
+    ),
+    "start any token": "start a value",
+    "the node content": "a value",
+    "'<scalar>'": "text",
+    "'<anchor>'": "an anchor",
+    "'<alias>'": "an alias",
+    "'<tag>'": "a tag",
+    "<block end>": "the end of the block",
+    "'<block mapping start>'": "a deeper indented key",
+    "'<block sequence start>'": "a deeper indented list",
+    "a flow mapping": "a mapping in braces",
+    "a flow sequence": "a list in brackets",
+    "a flow node": "a value",
+    "a block node": "a value",
+    "a block mapping": "a mapping",
+    "a block collection": "a list",
+}
+
 
 class Mark(NamedTuple):
     """A place in a file, counted from 1."""
@@ -356,21 +397,19 @@ class _Reader:
 
     def _fail_syntax(self, raised: MarkedYAMLError) -> NoReturn:
         error: Any = raised
-        problem = str(error.problem)
-        at = error.problem_mark or error.context_mark
+        at, began = error.problem_mark or error.context_mark, error.context_mark
         mark = Mark(1, 1) if at is None else Mark(at.line + 1, at.column + 1)
-        if "'\\t'" in problem:
-            self._fail("a tab cannot indent or separate", mark, "use spaces")
-        if problem == "mapping values are not allowed here":
-            self._fail("':' is not allowed here", mark, _QUOTE)
-        if problem == "could not find expected ':'" and error.context_mark is not None:
-            mark = Mark(error.context_mark.line + 1, error.context_mark.column + 1)
-            self._fail("no ':' follows this text", mark, "write 'key: value', or quote the text")
-        problem = problem.replace("'<stream end>'", "the end of the file")
-        began = error.context_mark
-        if error.context and began is not None:
-            problem += f", {error.context} that starts in line {began.line + 1}"
-        self._fail(f"not valid YAML: {problem}", mark, _QUOTE)
+        problem = str(error.problem)
+        if problem in _AT_THE_START and began is not None:
+            mark = Mark(began.line + 1, began.column + 1)
+        for said, (message, hint) in _SYNTAX.items():
+            if said in problem:
+                self._fail(message, mark, hint)
+        doing = f", {error.context} that starts in line {began.line + 1}" if began else ""
+        words = f"{problem}{doing}"
+        for jargon, plain in _JARGON.items():
+            words = words.replace(jargon, plain)
+        self._fail(f"not valid YAML: {words}", mark, _QUOTE)
 
     def _fail(self, message: str, mark: Mark, hint: str | None = None) -> NoReturn:
         raise RuleError(
