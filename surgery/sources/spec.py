@@ -53,7 +53,7 @@ def parse(spec: str | os.PathLike[str]) -> Spec:
     scheme, colon, name = text.partition(":")
     if colon and scheme in SCHEMES and scheme != "folder":
         return _schemed(text, scheme, name)
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         return _folder(text)
     raise _unknown(text)
 

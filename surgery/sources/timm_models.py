@@ -70,11 +70,9 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     """The model saved in ``store``, and the fingerprints of the weight files that were read."""
     name = str(raw["architecture"])
     _check_name(name)
-    cfg = {**cast("dict[str, Any]", raw.get("pretrained_cfg") or {})}
     declared = {key: raw[key] for key in ("num_classes", "global_pool") if key in raw}
     settings = {**declared, **cast("dict[str, Any]", raw.get("model_args") or {})}
-    cfg = {**cfg, **{key: raw[key] for key in ("num_classes",) if key in raw}}
-    cfg = {key: value for key, value in cfg.items() if key in _cfg_fields()}
+    cfg = _saved_cfg(name, raw)
     merged = replace(request, config={**settings, **request.config})
     if not request.pretrained or request.device.type == "meta":
         return _create(name, merged, pretrained=False, pretrained_cfg=cfg), []
@@ -235,9 +233,16 @@ def _check_head(where: str, classes: int, request: Request) -> None:
     )
 
 
-def _cfg_fields() -> set[str]:
-    fields = attributes(require("timm.models").PretrainedCfg())
-    return set(fields) - {"state_dict", "file", "source"}
+def _saved_cfg(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm is told about the saved weights: its own defaults, then what was saved."""
+    fields = set(attributes(require("timm.models").PretrainedCfg()))
+    default = require(LIBRARY).get_pretrained_cfg(name.partition(".")[0])
+    saved = {**cast("dict[str, Any]", raw.get("pretrained_cfg") or {})}
+    if "num_classes" in raw:
+        saved["num_classes"] = raw["num_classes"]
+    cfg = {**({} if default is None else default.to_dict(remove_source=True)), **saved}
+    places = {"state_dict", "file", "source"}  # only load says where the weights are
+    return {key: value for key, value in cfg.items() if key in fields - places}
 
 
 def _first_line(error: BaseException) -> str:

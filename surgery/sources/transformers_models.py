@@ -34,6 +34,11 @@ def names() -> list[str]:
 def build(name: str, request: Request) -> nn.Module:
     """The architecture ``name`` (a model type, a model class or a configuration class)."""
     config_class, model_class = _resolve(name)
+    if request.pretrained:
+        raise SourceError(
+            f"transformers:{name} is an architecture; transformers ties no weights to it",
+            hint="load the weights with hub:ORG/NAME or from a folder",
+        )
     config = _configure(config_class, _merged({}, request.config, config_class), request.config)
     return _construct(model_class, config, request)
 
