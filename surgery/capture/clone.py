@@ -14,6 +14,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from surgery.capture import private
@@ -24,13 +25,19 @@ _CONTAINERS = (list, tuple, dict, set, OrderedDict, defaultdict, deque)
 class Clones:
     """Clones of ``root`` and every module under it.
 
+    Args:
+        root: The module to stand in for.
+        keep_caches: Keep tensors in the plain dicts of a module. They are usually computed from
+            parameters and kept for later, and a trace that read them would lose the connection.
+
     Attributes:
         root: The clone of the root module.
         path: ``id`` of a clone → dotted path of its original, the first of a shared module's.
         original: ``id`` of a clone → the original module.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, *, keep_caches: bool = False) -> None:
+        self._keep_caches = keep_caches
         self._clone_of: dict[int, nn.Module] = {}
         self.path: dict[int, str] = {}
         self.original: dict[int, nn.Module] = {}
@@ -42,9 +49,26 @@ class Clones:
             self.original[id(clone)] = module
             pairs.append((module, clone))
         for module, clone in pairs:
-            state = {key: self._copy(value) for key, value in module.__dict__.items()}
-            clone.__dict__.update(state)
+            clone.__dict__.update(self._state(module))
         self.root = self._clone_of[id(root)]
+
+    def _state(self, module: nn.Module) -> dict[str, Any]:
+        """The module's attributes, with the plain dicts it caches tensors in emptied."""
+        return {
+            key: {} if self._is_cache(key, value) else self._copy(value)
+            for key, value in module.__dict__.items()
+        }
+
+    def _is_cache(self, name: str, value: Any) -> bool:
+        if self._keep_caches or type(value) is not dict or name in _REGISTRIES:
+            return False
+        items = cast(dict[Any, Any], value).values()
+        return any(isinstance(item, torch.Tensor) for item in items)
+
+    def at(self, paths: set[str]) -> list[tuple[str, nn.Module]]:
+        """The clones at these paths."""
+        pairs = ((self.path[id(clone)], clone) for clone in self._clone_of.values())
+        return [(path, clone) for path, clone in pairs if path in paths]
 
     def of(self, module: nn.Module) -> nn.Module:
         """The clone of a module of the tree."""
@@ -52,6 +76,17 @@ class Clones:
 
     def modules(self) -> list[nn.Module]:
         return list(self._clone_of.values())
+
+    def path_of(self, value: object) -> str | None:
+        """How to reach an object from the root: a module, or what one holds; None if none does."""
+        if id(value) in self.path:
+            return self.path[id(value)]
+        for clone in self._clone_of.values():
+            for name, held in clone.__dict__.items():
+                if held is value and not name.startswith("__"):
+                    prefix = self.path[id(clone)]
+                    return f"{prefix}.{name}" if prefix else name
+        return None
 
     def intercept(self, clone: nn.Module, handler: Callable[..., Any]) -> None:
         """Send calls of ``clone`` to ``handler``, also where its class overrides ``__call__``."""
@@ -122,4 +157,5 @@ def _with_interception(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), names)
 
 
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 _ATOMS = frozenset({int, float, bool, str, bytes, type(None), type})

@@ -85,7 +85,7 @@ def trace_model(
 def _trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
 ) -> Trace:
-    clones = Clones(model)
+    clones = Clones(model, keep_caches=options.keep_caches)
     tracer = Tracer(clones, is_atomic, options)
     proxied_args, proxied_kwargs = _placeholders(tracer, model, args, kwargs)
     try:

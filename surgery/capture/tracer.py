@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import enum
 import functools
 import operator
 import types
@@ -118,6 +119,19 @@ class Tracer:
     def owner(self) -> str:
         """Dotted path of the module whose forward is running."""
         return self._owners[-1] if self._owners else ""
+
+    @contextlib.contextmanager
+    def running(self, path: str) -> Generator[None]:
+        """What runs inside belongs to the forward of the module at ``path``."""
+        self._owners.append(path)
+        yield
+        self._owners.pop()
+
+    def make(self, kind: type, fields: dict[str, Any]) -> fx.Node:
+        """Write down the construction of an object: ``kind(**fields)``."""
+        node = self.graph.call_function(kind, (), fields)
+        self._place(node)
+        return node
 
     def input(self, name: str, example: Any) -> Any:
         """An input of the graph, whatever it is: the value to hand to the forward."""
@@ -480,7 +494,22 @@ class Tracer:
             return self._tensor_node(value)
         if type(value) is torch.device and id(value) in self._devices:
             return self._devices[id(value)][1]
+        if self.options.replayable and not is_static(value) and not isinstance(value, fx.Node):
+            return self._held_object(value)
         return value
+
+    def _held_object(self, value: Any) -> fx.Node:
+        """The node of an object that the module holds: a child, its config."""
+        name = self._clones.path_of(value)
+        if name is None:
+            raise self.error(
+                f"an object of class {type(value).__name__} was made here and is passed on: "
+                "its construction is not part of the graph"
+            )
+        node = self.graph.get_attr(name)
+        self._place(node)
+        node.meta["val"] = None
+        return node
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
         """The node that gives a tensor."""
@@ -735,6 +764,7 @@ _STATIC = (
     torch.device,
     torch.layout,
     torch.memory_format,
+    enum.Enum,
     types.FunctionType,
     types.BuiltinFunctionType,
 )

@@ -1,0 +1,283 @@
+"""A module's own forward as a graph, with its children as leaves, and Python to run instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from surgery.capture import private
+from surgery.capture import signature as sig
+from surgery.capture.clone import Clones
+from surgery.capture.codegen import Code, Miss, generate
+from surgery.capture.contexts import Ambient
+from surgery.capture.guards import Guard, assign
+from surgery.capture.objects import is_object
+from surgery.capture.settle import settle
+from surgery.capture.structure import map_structure
+from surgery.capture.tracer import Options, Tracer, is_static
+from surgery.capture.values import is_proxy, is_symbol
+from surgery.errors import CaptureError
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """One path through a module's own forward.
+
+    Attributes:
+        kind: Class of the module, for messages.
+        graph: One node per operation, in the order of the original; children are
+            ``call_module`` nodes, guards are ``expect`` nodes.
+        guards: What Python demanded, in order.
+        signature: The calls the graph is right for.
+        constants: Tensors that belong to no module, by ``get_attr`` target.
+        code: The generated Python; ``source`` is its text.
+        inline: Paths of the children whose forward is part of the graph.
+    """
+
+    kind: str
+    graph: fx.Graph
+    guards: tuple[Guard, ...]
+    signature: sig.Signature
+    constants: Mapping[str, torch.Tensor]
+    code: Code
+    inline: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """The generated Python."""
+        return self.code.source
+
+    @functools.cached_property
+    def _functions(self) -> tuple[Callable[..., bool], Callable[..., Any]]:
+        return compiled(self.code.source, tuple(self.code.names.items()))
+
+    @functools.cached_property
+    def _bind(self) -> Callable[..., tuple[Any, ...]]:
+        return sig.binder(self.signature.parameters)
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The values of the forward's parameters, in order."""
+        return self._bind(*args, **kwargs)
+
+    def accepts(self, module: nn.Module, *args: Any, **kwargs: Any) -> bool:
+        """True when the graph is right for this call, as far as can be told beforehand."""
+        return self.accepts_values(module, self._bind(*args, **kwargs))
+
+    def accepts_values(self, module: nn.Module, values: tuple[Any, ...]) -> bool:
+        """The same for arguments that are bound already."""
+        return self._functions[0](module, *values)
+
+    def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
+        """Run the generated forward on bound arguments that it accepts.
+
+        Raises:
+            Miss: a guard on the way did not hold.
+        """
+        return self._functions[1](module, *values)
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the captured forward with ``module`` as ``self``.
+
+        Raises:
+            CaptureError: the graph is not right for this call; names the guard.
+        """
+        values = self._bind(*args, **kwargs)
+        if not self.accepts_values(module, values):
+            raise CaptureError(f"{self.kind}: {self.why_not(module, values)}")
+        try:
+            return self.run(module, values)
+        except Miss as miss:
+            guard = self.code.inline[miss.index]
+            raise CaptureError(f"{self.kind}: captured for {guard}") from None
+
+    def why_not(self, module: nn.Module, values: tuple[Any, ...]) -> str:
+        """The first condition of the capture that a call does not meet."""
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        scope = {"self": module, **dict(zip(names, values, strict=True))}
+        for condition in self.code.conditions:
+            if not eval(condition.text, self.code.names, scope):  # noqa: S307  our own text
+                return f"captured for a call where {condition.why}"
+        return "captured for another call"
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    inline: tuple[str, ...] = (),
+) -> Capture:
+    """Trace a module's own forward; each child is one call.
+
+    Nothing is computed but shapes, unless the forward asks for the contents of a tensor. The
+    module, its flags, buffers and caches and the random generators are left as they were.
+
+    Args:
+        module: Any module.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        inline: Dotted paths of children whose forward becomes part of the graph.
+
+    Raises:
+        CaptureError: the forward does something that cannot be followed; names the class and
+            the statement.
+    """
+    options = Options(replayable=True)
+    return settle(lambda opts: _capture(module, args, dict(kwargs or {}), inline, opts), options)
+
+
+def _capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inline: tuple[str, ...],
+    options: Options,
+) -> Capture:
+    clones = Clones(module, keep_caches=options.keep_caches)
+    traced = {"", *inline}
+    tracer = Tracer(clones, lambda path, child: path not in traced, options)
+    forward = own_forward(clones.root)
+    bound = sig.bind(forward, args, kwargs)
+    before = _take_over_numbers(tracer, clones, traced)
+    arguments = bound.signature.parameters
+    specs = {name: _spec(parameter, bound) for name, parameter in arguments.items()}
+    values = {name: tracer.input(name, bound.arguments.get(name)) for name in arguments}
+    positional, keywords = sig.call_form(bound, values, len(args), kwargs)
+    try:
+        with tracer.recording(), tracer.running(""):
+            result = forward(*positional, **keywords)
+            with private.without_torch_function():
+                _write_back(tracer, clones, traced, before)
+                tracer.graph.output(output(tracer, result))
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise tracer.failed(error) from error
+    signature = sig.Signature(tuple(arguments.values()), specs, Ambient.now().autocast)
+    code = generate(tracer.graph, module, signature, tracer.constants)
+    return Capture(
+        type(module).__name__,
+        tracer.graph,
+        tuple(tracer.guards),
+        signature,
+        tracer.constants,
+        code,
+        inline,
+    )
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward to capture: beneath a wrapper that was put on the instance (offload hooks)."""
+    override = module.__dict__.get("forward")
+    if override is None:
+        return module.forward
+    of_class = type(module).forward
+    innermost = inspect.unwrap(override)
+    innermost = getattr(innermost, "__func__", innermost)
+    if innermost is inspect.unwrap(of_class):
+        return types.MethodType(of_class, module)
+    return override
+
+
+def _spec(parameter: inspect.Parameter, bound: inspect.BoundArguments) -> sig.Spec:
+    if parameter.name in bound.arguments:
+        return sig.spec_of(bound.arguments[parameter.name])
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return sig.Items(tuple, ())
+    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        return sig.Keyed(())
+    return sig.Static(parameter.default)
+
+
+# -- what a module holds ------------------------------------------------------------------------
+
+
+def _take_over_numbers(
+    tracer: Tracer, clones: Clones, traced: set[str]
+) -> dict[str, dict[str, Any]]:
+    """Make the numbers of the traced modules symbolic: ``self.training``, ``self.num_heads``.
+
+    Returns what each module then holds, by path.
+    """
+    held: dict[str, dict[str, Any]] = {}
+    for path, clone in clones.at(traced):
+        for name, value in list(clone.__dict__.items()):
+            if type(value) in (int, float) or name == "training":
+                clone.__dict__[name] = tracer.number(f"{path}.{name}" if path else name, value)
+        held[path] = _state(clone)
+    return held
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in module.__dict__.items() if name not in _REGISTRIES}
+    registries = cast(Any, module)
+    return {**plain, **registries._buffers, **registries._parameters}
+
+
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
+
+
+def _write_back(
+    tracer: Tracer, clones: Clones, traced: set[str], before: dict[str, dict[str, Any]]
+) -> None:
+    """Repeat the forward's assignments to ``self`` in the graph."""
+    for path, clone in clones.at(traced):
+        for name, value in _state(clone).items():
+            old = before[path].get(name, _MISSING)
+            if value is old:
+                continue
+            target = f"{path}.{name}" if path else name
+            tracer.graph.call_function(assign, (target, output(tracer, value)))
+
+
+_MISSING = object()
+
+
+# -- results ------------------------------------------------------------------------------------
+
+
+def output(tracer: Tracer, value: Any) -> Any:
+    """A value the forward made, as an argument of a node.
+
+    Raises:
+        CaptureError: it is an object that the graph cannot rebuild.
+    """
+    if is_proxy(value) or is_symbol(value) or is_object(value):
+        return tracer.arguments(value)
+    kind = cast(type, type(value))
+    if isinstance(value, torch.Tensor):
+        return tracer.node_of(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {name: output(tracer, item) for name, item in _fields(value)}
+        return tracer.make(kind, fields)
+    if kind in (tuple, list, dict) or issubclass(kind, tuple):
+        return map_structure(value, lambda leaf: output(tracer, leaf))
+    if is_static(value):
+        return value
+    raise tracer.error(
+        f"an object of class {kind.__name__} was made here and leaves the forward: "
+        "its construction is not part of the graph"
+    )
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        if field.init:
+            yield field.name, getattr(value, field.name)
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(
+    source: str, names: tuple[tuple[str, Any], ...]
+) -> tuple[Callable[..., bool], Callable[..., Any]]:
+    """``accepts`` and ``forward`` of a generated source: the same objects for the same source."""
+    scope = dict(names)
+    exec(compile(source, "<surgery capture>", "exec"), scope)  # noqa: S102  our own text
+    return scope["accepts"], scope["forward"]

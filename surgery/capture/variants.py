@@ -1,0 +1,139 @@
+"""A captured forward that meets calls it was not captured for.
+
+A `Forward` holds the variants of one module's forward, each a `Capture`. A call takes the first
+variant that accepts it. When none does, the forward is captured again for that call, up to a
+limit; it is never run unedited. When a guard fails halfway (a child returned something else, the
+data took another branch), the variant that goes the right way from there takes over with the
+values computed so far, so that nothing runs twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.capture.capture import Capture, capture
+from surgery.capture.codegen import Miss
+from surgery.capture.guards import Guard
+from surgery.capture.replay import Replay
+from surgery.errors import CaptureError
+
+LIMIT = 8
+
+
+class Forward:
+    """What a module's forward became.
+
+    Args:
+        first: A capture of the module's forward.
+        edit: Done to every capture before it is used, such as rewiring its residuals.
+        limit: How many variants there may be.
+    """
+
+    def __init__(
+        self,
+        first: Capture,
+        *,
+        edit: Callable[[Capture], Capture] | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self._edit = edit or _unchanged
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.variants: tuple[Capture, ...] = (self._edit(first),)
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward with ``module`` as ``self``.
+
+        Raises:
+            CaptureError: the call needs a variant more than the limit, or a new one while
+                compiling or exporting; names the guard.
+        """
+        for variant in self.variants:
+            values = variant.bind(*args, **kwargs)
+            if variant.accepts_values(module, values):
+                return self._run(variant, module, values, args, kwargs)
+        variant = self._capture_for(module, args, kwargs)
+        return self._run(variant, module, variant.bind(*args, **kwargs), args, kwargs)
+
+    def _run(
+        self,
+        variant: Capture,
+        module: nn.Module,
+        values: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        try:
+            return variant.run(module, values)
+        except Miss as miss:
+            guard = variant.code.inline[miss.index]
+            replay = Replay(variant, module, values, miss)
+        return self._take_over(variant, guard, replay, module, args, kwargs)
+
+    def _take_over(
+        self,
+        variant: Capture,
+        guard: Guard,
+        replay: Replay,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        while True:
+            for other in self.variants:
+                if replay.can_continue(other):
+                    break
+            else:
+                if replay.disturbed():
+                    raise CaptureError(
+                        f"{variant.kind}: captured for {guard}, which no longer holds, and the "
+                        "call has already changed an input",
+                        hint=_HINT,
+                    )
+                other = self._capture_for(module, args, kwargs, guard)
+                if not replay.can_continue(other):
+                    raise CaptureError(
+                        f"{variant.kind}: captured for {guard}; capturing again took another way"
+                    )
+            missed = replay.finish(other)
+            if missed is None:
+                return replay.result
+            guard = missed
+
+    def _capture_for(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        guard: Guard | None = None,
+    ) -> Capture:
+        """A new variant for this call."""
+        why = str(guard) if guard is not None else self._why_not(module, args, kwargs)
+        first = self.variants[0]
+        if torch.compiler.is_compiling():
+            raise CaptureError(
+                f"{first.kind}: {why}; a forward cannot be captured while compiling or exporting",
+                hint=_HINT,
+            )
+        with self._lock:
+            if len(self.variants) >= self._limit:
+                raise CaptureError(f"{first.kind}: {len(self.variants)} variants already; {why}")
+            made = self._edit(capture(module, args, kwargs, inline=first.inline))
+            self.variants = (*self.variants, made)
+        return made
+
+    def _why_not(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        last = self.variants[-1]
+        return last.why_not(module, last.bind(*args, **kwargs))
+
+
+_HINT = "run the model once on such an input beforehand, outside torch.compile and torch.export"
+
+
+def _unchanged(made: Capture) -> Capture:
+    return made
