@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import torch
 from harness import as_data, interleave, report, table
@@ -18,7 +19,7 @@ from torch import nn
 import surgery
 from surgery import LowRank, Rule, Type
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "70B": {
         "hidden_size": 8192,

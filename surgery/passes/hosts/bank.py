@@ -28,7 +28,6 @@ CHILD = "lowrank"
 _numbers = itertools.count(1)
 
 
-
 class Override(NamedTuple):
     """What counts for the calls of one context instead of what is active.
 

@@ -21,10 +21,15 @@ class EmbeddingHost(nn.Embedding):
             return output
         for adapter, share in bank.counting():
             A, B = adapter.factors()
-            rows = functional.embedding(input, B, self.padding_idx)
+            rows = functional.embedding(input, B)
             if adapter.dropout:
                 rows = rows * _kept(rows, adapter.dropout, self.training)
-            output = add_branch(output, functional.linear(rows, A.t()), share * adapter.scaling)
+            branch = functional.linear(rows, A.t())
+            if self.padding_idx is not None:
+                # The padding row of an embedding is used and never trained.
+                padding = (input == self.padding_idx).unsqueeze(-1)
+                branch = torch.where(padding, branch.detach(), branch)
+            output = add_branch(output, branch, share * adapter.scaling)
         return bank.seal(output, output)
 
 

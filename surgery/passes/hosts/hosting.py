@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from architectures.adapters import Matrix
 from surgery.capture.graft import stock_class
@@ -72,6 +73,8 @@ def hosting_of(module: nn.Module, parameter: str | None, *, read_outside: bool) 
         parameter: A parameter of a module that is no single layer; None for a layer's weight.
         read_outside: Whether another module computes with the weight.
     """
+    if isinstance(module, ParametrizationList):
+        return "it lies behind a parametrization; the layer it belongs to is the site to adapt"
     if parameter is not None:
         return _through_weight(module, parameter, stacked=True, read_outside=read_outside)
     if not is_layer(module):

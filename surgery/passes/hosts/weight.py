@@ -9,7 +9,7 @@ are faster where they fit.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,12 @@ class WeightHost(_Module):
             _formed.reset(token)
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name not in self.__dict__["_parameters"]:
+        value: Any = super().__getattr__(name)
+        # Of a layer's parameters only the weight is more than a vector.
+        if name not in self.__dict__["_parameters"] or value is None or value.dim() < 2:
             return value
         bank = bank_of(self, name)
-        if bank is None:
-            return value
-        return _formed_once(self, name, bank, cast("Tensor", value))
+        return value if bank is None else _formed_once(self, name, bank, value)
 
 
 def _formed_once(module: nn.Module, name: str, bank: Bank, weight: Tensor) -> Tensor:
@@ -78,4 +77,8 @@ def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
         changed = folded
         for adapter, share in counting:
             changed = torch.add(changed, adapter.change(folded), alpha=share)
-    return bank.seal(bank.matrix.unfold(changed.to(weight.dtype)), weight)
+    changed = bank.matrix.unfold(changed.to(weight.dtype))
+    if bank.trained and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Some kernels are chosen by whether the weight requires a gradient, even under no_grad.
+        changed.requires_grad_()
+    return bank.seal(changed, weight)
