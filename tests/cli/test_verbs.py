@@ -123,6 +123,42 @@ def test_undo_writes_the_stock_model(saved: str, tmp_path: Path):
     assert all(torch.equal(tensor, rewritten[name]) for name, tensor in stock.items())
 
 
+@pytest.fixture
+def stock_folder(tmp_path: Path) -> str:
+    """A tiny model with its weights, as the hub lays it out."""
+    folder = tmp_path / "stock"
+    overrides = dict(pair.split("=") for pair in TINY[2::2])
+    config = {name: int(value) for name, value in overrides.items()}
+    surgery.load(TINY[0], config=config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_adapter_alone_goes_back_onto_its_base(stock_folder: str, rules: str, tmp_path: Path):
+    folder = tmp_path / "adapter"
+    succeed("apply", stock_folder, rules, "--out", str(folder), "--adapter-only")
+    (weights,) = folder.glob("*.safetensors")
+    assert all("lora_" in name for name in load_file(weights))
+    assert "exact" in succeed("verify", str(folder), "--base", stock_folder).stdout
+    assert call("verify", str(folder)).exit_code == errors.CheckpointError.exit_code
+
+
+def test_weights_are_loaded_from_a_folder_unless_asked_not_to(
+    stock_folder: str, rules: str, tmp_path: Path
+):
+    stock = load_file(Path(stock_folder) / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    for option, kept in ((), True), (("--random",), False):
+        out = tmp_path / "".join(["out", *option])
+        succeed("apply", stock_folder, rules, "--out", str(out), *option)
+        assert torch.equal(load_file(out / "model.safetensors")[name], stock[name]) is kept
+
+
+def test_shards_are_as_small_as_asked(rules: str, tmp_path: Path):
+    out = tmp_path / "sharded"
+    succeed("apply", TINY[0], rules, "--out", str(out), "--max-shard-size", "8KB", *TINY[1:])
+    assert len(list(out.glob("*.safetensors"))) > 1
+
+
 def test_schema_prints_and_writes_the_same(tmp_path: Path):
     path = tmp_path / "schema.json"
     printed = json.loads(succeed("schema").stdout)
