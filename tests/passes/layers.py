@@ -74,7 +74,7 @@ class SquaredLinear(nn.Linear):
 
 
 class WeightReader(nn.Module):
-    """Multiplies with the weight of a child that it never calls, as timm's EVA does with its qkv."""
+    """Multiplies with the weight of a child that it never calls, as timm's EVA does."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,6 +69,10 @@ def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
     It is formed in the wider of the dtypes of weight and factors, also under autocast: what the
     forward then does with it is the forward's business.
     """
+    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        # An inference tensor would lack what the last lines below need.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return changed_weight(bank, weight)
     counting = bank.counting()
     if not counting:
         return bank.seal(weight, weight)
@@ -80,5 +84,6 @@ def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
     changed = bank.matrix.unfold(changed.to(weight.dtype))
     if bank.trained and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Some kernels are chosen by whether the weight requires a gradient, even under no_grad.
-        changed.requires_grad_()
+        # Detached first: a view requires a gradient only if its base does.
+        changed = changed.detach().requires_grad_()
     return bank.seal(changed, weight)
