@@ -183,7 +183,7 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
         "source": (dict, type(None)),
     }
     extra: dict[str, dict[str, tuple[type, ...]]] = {
-        "timm": {"architecture": (str,)},
+        "timm": {"architecture": (str,), "pretrained_cfg": (dict,)},
         "transformers": {"config_class": (str,), "attention": (str, type(None))},
         "diffusers": {},
     }

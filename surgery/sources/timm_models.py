@@ -18,6 +18,7 @@ from surgery.sources import weights
 from surgery.sources.libraries import BUILD_ERRORS, attributes, require
 from surgery.sources.request import Request
 from surgery.sources.store import Store
+from surgery.sources.weights import WeightFiles
 
 LIBRARY = "timm"
 
@@ -81,36 +82,39 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     )
     if "num_classes" in cfg:
         _check_head(store.label, cfg["num_classes"], merged)
-    # Read once here, so that a pickle or a corrupt file is refused before timm opens anything.
+    model = _filled(name, merged, cfg, files, store.label)
+    return _placed(model, request), files.fingerprints()
+
+
+def _filled(
+    name: str, request: Request, cfg: dict[str, Any], files: WeightFiles, label: str
+) -> nn.Module:
+    # Read here first, so that a pickle or a corrupt file is refused before timm opens anything.
     state = weights.read(files)
     # timm deep-copies what is handed over in memory; a single file it can as well read itself.
-    if len(files.paths) == 1:
-        cfg.update(file=str(files.paths[0]), source=None, url=None, hf_hub_id=None)
-    else:
-        cfg.update(state_dict=state, file=None, source=None, url=None, hf_hub_id=None)
+    where = {"file": str(files.paths[0])} if len(files.paths) == 1 else {"state_dict": state}
     del state
     with _Copied() as copied:
         try:
-            model = _create(name, merged, pretrained=True, pretrained_cfg=cfg, place=False)
+            model = _create(
+                name, request, pretrained=True, pretrained_cfg={**cfg, **where}, place=False
+            )
         except SourceError as error:
             raise CheckpointError(
-                f"{store.label} does not fit the model: {error.message}"
-            ) from error.__cause__
-    missing = [
-        key for key, tensor in model.state_dict(keep_vars=True).items() if tensor not in copied
-    ]
+                f"{label} does not fit the model: {error.__cause__ or error.message}"
+            ) from error
+    held = model.state_dict(keep_vars=True)
     weights.check_fit(
-        store.label,
-        missing=missing,
+        label,
+        missing=[key for key, tensor in held.items() if tensor not in copied],
         unexpected=(),
         mismatched=(),
         allow_missing=request.allow_missing,
         allow_unexpected=request.allow_unexpected,
     )
-    untyped = cast("Any", model)
-    untyped.pretrained_cfg.pop("state_dict", None)
-    untyped.pretrained_cfg.pop("file", None)
-    return _placed(model, request), files.fingerprints()
+    for key in where:
+        cast("Any", model).pretrained_cfg.pop(key)
+    return model
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -119,13 +123,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
     Raises:
         SourceError: timm did not create it, so nothing recorded its arguments.
     """
-    untyped = cast("Any", model)
-    attributes = vars(model)
-    if "pretrained_cfg" not in attributes or "_model_args" not in attributes:
+    own = attributes(model)
+    if "pretrained_cfg" not in own or "_model_args" not in own:
         raise SourceError(
             "timm.create_model did not make this model, so its arguments are recorded nowhere"
         )
-    return {"architecture": untyped.pretrained_cfg["architecture"], "config": untyped._model_args}
+    cfg = own["pretrained_cfg"]
+    return {
+        "architecture": cfg["architecture"],
+        "config": own["_model_args"],
+        "pretrained_cfg": _without_places(cfg),
+    }
 
 
 def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -135,7 +143,8 @@ def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     _check_name(name)
     config = dict(description["config"])
     request = Request(config=config, pretrained=False, device=torch.device("cpu"), dtype=None)
-    return _create(name, request, pretrained=False)
+    cfg = _without_places(description["pretrained_cfg"])
+    return _create(name, request, pretrained=False, pretrained_cfg=cfg)
 
 
 class _Copied(TorchFunctionMode):
@@ -235,14 +244,19 @@ def _check_head(where: str, classes: int, request: Request) -> None:
 
 def _saved_cfg(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """What timm is told about the saved weights: its own defaults, then what was saved."""
-    fields = set(attributes(require("timm.models").PretrainedCfg()))
     default = require(LIBRARY).get_pretrained_cfg(name.partition(".")[0])
     saved = {**cast("dict[str, Any]", raw.get("pretrained_cfg") or {})}
     if "num_classes" in raw:
         saved["num_classes"] = raw["num_classes"]
     cfg = {**({} if default is None else default.to_dict(remove_source=True)), **saved}
-    places = {"state_dict", "file", "source"}  # only load says where the weights are
-    return {key: value for key, value in cfg.items() if key in fields - places}
+    return _without_places(cfg)
+
+
+def _without_places(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Only load says where weights are, and that they are tensors in timm's own layout."""
+    known = set(attributes(require("timm.models").PretrainedCfg()))
+    places = {"state_dict", "file", "source", "custom_load"}
+    return {key: value for key, value in cfg.items() if key in known - places}
 
 
 def _first_line(error: BaseException) -> str:

@@ -226,7 +226,9 @@ def test_bare_pickle_is_refused(bert: Path, tmp_path: Path) -> None:
     (bert / "model.safetensors").unlink()
     trap = tmp_path / "owned"
     (bert / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": _Payload(trap)}, 2))
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: (refused|truncated or corrupt)"):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: (refused|truncated or corrupt)"
+    ):
         load(bert)
     assert not trap.exists()
 
@@ -392,10 +394,10 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
-def test_broken_checkpoint(
-    damage: Callable[[Path], object], message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN]
+)
+def test_broken_checkpoint(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     model: Any = zoo.build("bert")[0]
     model.save_pretrained(tmp_path / "bert", max_shard_size=SHARD)
     damage(tmp_path / "bert")
