@@ -125,6 +125,9 @@ class _WithoutDraws(TorchFunctionMode):
     is not a parameter is drawn as usual: the rejection loop of a truncated normal depends on it.
     """
 
+    _WHOLE = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_})
+    _INNER = frozenset({Tensor.normal_, Tensor.uniform_})
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -132,10 +135,14 @@ class _WithoutDraws(TorchFunctionMode):
         args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_) and isinstance(args[0], nn.Parameter):
-            # The mean of the one, the lower end of the other.
-            return args[0].fill_(args[1] if len(args) > 1 else 0.0)
-        return func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if func in self._WHOLE or func in self._INNER:
+            target = args[0] if args else named["tensor"]
+            if isinstance(target, nn.Parameter):
+                # The mean of a normal, the lower end of a uniform: what a rejection loop accepts.
+                inner = func in self._INNER and len(args) > 1
+                return target.fill_(args[1] if inner else 0.0)
+        return func(*args, **named)
 
 
 def _described(model: nn.Module) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         raise SourceError(
             "timm.create_model did not make this model, so its arguments are recorded nowhere"
         )
-    cfg = own["pretrained_cfg"]
+    cfg = cast("dict[str, Any]", own["pretrained_cfg"])
     return {
         "architecture": cfg["architecture"],
         "config": own["_model_args"],
@@ -248,8 +248,8 @@ def _saved_cfg(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     saved = {**cast("dict[str, Any]", raw.get("pretrained_cfg") or {})}
     if "num_classes" in raw:
         saved["num_classes"] = raw["num_classes"]
-    cfg = {**({} if default is None else default.to_dict(remove_source=True)), **saved}
-    return _without_places(cfg)
+    known: dict[str, Any] = {} if default is None else default.to_dict(remove_source=True)
+    return _without_places(known | saved)
 
 
 def _without_places(cfg: Mapping[str, Any]) -> dict[str, Any]:

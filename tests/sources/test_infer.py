@@ -34,7 +34,7 @@ TRANSFORMERS = """
     t5gemma tapas timesformer udop umt5 unispeech videomae vilt vipllava visual_bert vit vit_mae
     vit_msn vivit wav2vec2 wav2vec2-bert wavlm whisper xglm xlm-roberta xlnet yoso
     swin swinv2 informer time_series_transformer deepseek_v3 qwen3_next jamba codegen gptj
-""".split()
+"""
 
 HEADS = [
     ("BertForSequenceClassification", "bert"),
@@ -249,7 +249,7 @@ TIMM = """
     lcnet_035 levit_128s maxvit_rmlp_pico_rw_256 mixer_s32_224 mobilenetv3_small_050 mobilevit_xxs
     nfnet_l0 pit_ti_224 poolformerv2_s12 pvt_v2_b0 regnetx_002 repvgg_a0 swin_s3_tiny_224
     tiny_vit_5m_224 visformer_tiny xcit_nano_12_p16_224
-""".split()
+"""
 
 
 def run(model: nn.Module, example: Example) -> list[Tensor]:
@@ -262,7 +262,7 @@ def run(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries', on configurations of no practical use
-@pytest.mark.parametrize("model_type", TRANSFORMERS)
+@pytest.mark.parametrize("model_type", TRANSFORMERS.split())
 def test_transformers(model_type: str) -> None:
     model = tiny(model_type)
     example = infer_example(model)
@@ -287,7 +287,7 @@ def test_diffusers(name: str) -> None:
     run(model, infer_example(model))
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", TIMM.split())
 def test_timm(name: str) -> None:
     model = timm.create_model(name).eval()
     (image,) = infer_example(model).args

@@ -136,9 +136,9 @@ def test_refuses_and_suggests(spec: str, config: dict[str, Any], message: str) -
 
 
 def test_architecture_without_weights() -> None:
-    with pytest.raises(SourceError, match="(?s)ties no weights to it.*hub:ORG/NAME/SUBFOLDER"):
+    with pytest.raises(SourceError, match=r"(?s)ties no weights to it.*hub:ORG/NAME/SUBFOLDER"):
         load("diffusers:UNet2DModel", pretrained=True)
-    with pytest.raises(SourceError, match="architecture; transformers ties no weights to it"):
+    with pytest.raises(SourceError, match=r"architecture; transformers ties no weights to it"):
         load("transformers:llama", pretrained=True)
     with pytest.raises(SourceError, match="no pretrained weights for 'vit_small_patch16_36x1_224'"):
         load("timm:vit_small_patch16_36x1_224", pretrained=True)

@@ -1,4 +1,4 @@
-"""Tiny configurations of transformers architectures, made by shrinking the fields that size them."""
+"""Tiny transformers architectures, made by shrinking the fields that size them."""
 
 from __future__ import annotations
 
