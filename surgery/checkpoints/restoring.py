@@ -121,7 +121,7 @@ def _expected(saved: Manifest, *, without: Iterable[str]) -> dict[str, TensorEnt
     return {
         name: saved.state[stored]
         for name, stored in names.items()
-        if stored in saved.state and name not in left_out
+        if stored in saved.state and left_out.isdisjoint((name, stored))
     }
 
 

@@ -15,7 +15,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-import surgery
 from surgery import progress
 from surgery.capture.graft import stock_class
 from surgery.checkpoints import base_weights, generation, manifest, tensorfile
@@ -28,6 +27,7 @@ from surgery.record import Record, record_of
 from surgery.rules import Recipe
 from surgery.sources import describe
 from surgery.tree import named_modules, named_parameters
+from surgery.version import __version__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _LIBRARIES = ("timm", "transformers", "diffusers")
@@ -212,7 +212,7 @@ def _manifest(
 
 
 def _versions(cls: type) -> dict[str, str]:
-    found = {"surgery": surgery.__version__, "torch": str(torch.__version__)}
+    found = {"surgery": __version__, "torch": str(torch.__version__)}
     library = cls.__module__.partition(".")[0]
     if library in _LIBRARIES:
         found[library] = version(library)

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.editing import repeat, undo
 from surgery.errors import SurgeryError
-from surgery.record import Record, record_of
+from surgery.record import Operation, Record, record_of
 from surgery.tree import named_modules, named_parameters, own_parameters
 from surgery.verification.copies import same_bits, share_what_is_equal, sharing
 from surgery.verification.structure import tensor_named
@@ -55,7 +55,8 @@ def applied_again(stock: nn.Module, record: Record) -> nn.Module:
         SurgeryError: the log cannot be repeated.
     """
     copied = sharing(stock, owned=writable(stock, record))
-    repeat(copied, record)
+    # As just applied: what was switched or merged since is left out.
+    repeat(copied, Record([Operation(each.recipe, each.edits) for each in record.operations]))
     share_what_is_equal(copied, stock)
     return copied
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from surgery import progress
 from surgery.errors import ModelStateError, SourceError, SurgeryError
 from surgery.record import Contract, Record, record_of
-from surgery.sources import Example
+from surgery.sources import Example, infer_example, variants
 from surgery.table import human_count
 from surgery.tree import named_parameters
 from surgery.verification import structure
@@ -22,7 +23,6 @@ from surgery.verification.insertions import Probe
 from surgery.verification.measure import Bounds, Measured, compare_runs, measure
 from surgery.verification.report import Report, Row, Unchecked
 from surgery.verification.runs import count_flops
-from surgery.verification.shapes import others
 
 NUMERIC = "outputs and gradients"
 
@@ -103,9 +103,17 @@ class _Verification:
     drifted: bool = False
 
     @property
+    def added(self) -> list[str]:
+        """Names of the tensors that the edits in force added, one for each tensor."""
+        return [name for edit in self.record.edits for name in edit.adds]
+
+    @cached_property
     def inserted(self) -> frozenset[str]:
-        """Names of the tensors that the edits in force added."""
-        return frozenset(name for edit in self.record.edits for name in edit.adds)
+        """Every name of those tensors; one beside a tied weight has several."""
+        tensors = dict(named_parameters(self.model))
+        ids = {id(tensors[name]) for name in self.added if name in tensors}
+        also = (name for name, tensor in tensors.items() if id(tensor) in ids)
+        return frozenset((*self.added, *also))
 
     def skip(self, check: str, reason: str) -> None:
         """List something as unchecked."""
@@ -158,14 +166,14 @@ class _Verification:
 
     def drift(self) -> None:
         """Whether what was inserted still has its first values."""
-        if self.fresh is None or not self.inserted:
+        if self.fresh is None or not self.added:
             return
-        moved = [n for n in sorted(self.inserted) if not is_at_init(self.model, self.fresh, n)]
+        moved = [name for name in self.added if not is_at_init(self.model, self.fresh, name)]
         if not moved:
             self.rows.append(Row("inserted tensors", "equal", detail="as the seed made them"))
             return
         self.drifted = True
-        detail = f"{len(moved)} of {len(self.inserted)} changed since they were inserted"
+        detail = f"{len(moved)} of {len(self.added)} changed since they were inserted"
         self.rows.append(Row("inserted tensors", "drift", where=moved[0], detail=detail))
 
     def numbers(self, given: Example | None) -> None:
@@ -189,24 +197,19 @@ class _Verification:
             self._report(measured, "given shape")
             if not training:
                 base_eval = measured
-        self._other_shape(new, self.stock, example)
+        self._other_shapes(new, self.stock, example)
         self._flops(new, self.stock, example)
         if base_eval is not None:
             self._insertions(example, base_eval)
 
     def _example(self, given: Example | None) -> Example | None:
         try:
-            example = self._inferred() if given is None else given
+            example = infer_example(self.model) if given is None else given
         except SourceError as error:
             self.skip(NUMERIC, f"no example to call the model with: {error.message}")
             return None
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return example.to(device)
-
-    def _inferred(self) -> Example:
-        from surgery.sources import infer_example
-
-        return infer_example(self.model)
 
     def _match_gradients(self, new: nn.Module, stock: nn.Module) -> None:
         """Let the copy's stock parameters require gradients where the baseline's do."""
@@ -233,17 +236,15 @@ class _Verification:
     def _bounds(self) -> Bounds:
         return Bounds(self.contract, drifted=self.drifted)
 
-    def _other_shape(self, new: nn.Module, stock: nn.Module, example: Example) -> None:
-        """Measure at the first other shape that the original model accepts."""
-        reason = "the example has no tensor whose size could be changed"
-        for name, other in others(example):
-            measured = measure(stock, new, other, training=False, gradients=False)
-            if measured.base.error is None:
-                self._report(measured, name)
-                self._report(measure(stock, new, other, training=True, gradients=False), name)
-                return
-            reason = f"the original model refuses {name}: {_short(measured.base.error)}"
-        self.skip("outputs at another shape", reason)
+    def _other_shapes(self, new: nn.Module, stock: nn.Module, example: Example) -> None:
+        """Measure at the other sizes that a call like this can have."""
+        others = variants(example)
+        if not others:
+            self.skip("outputs at another shape", "the example has no batch dimension to change")
+        for other in others:
+            for training in (False, True):
+                measured = measure(stock, new, other, training=training, gradients=False)
+                self._report(measured, f"shape {_shape(example, other)}")
 
     def _flops(self, new: nn.Module, stock: nn.Module, example: Example) -> None:
         before, after = count_flops(stock, example), count_flops(new, example)
@@ -254,7 +255,7 @@ class _Verification:
         self.rows.append(Row("FLOPs of a forward", "info", detail=change))
 
     def _insertions(self, example: Example, base: Measured) -> None:
-        if not self.inserted:
+        if not self.added:
             return
         probe = Probe(self.record, example, base.base)
         found = probe.look(self.model, self.fresh)
@@ -266,6 +267,7 @@ class _Verification:
         return any(tensor.device.type == "meta" for tensor in tensors)
 
 
-def _short(error: Exception) -> str:
-    lines: Sequence[str] = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+def _shape(example: Example, other: Example) -> str:
+    """The shape of the first tensor that two calls have in different sizes."""
+    pairs = zip(example.tensors(), other.tensors(), strict=True)
+    return str(next((tuple(b.shape) for a, b in pairs if a.shape != b.shape), ()))

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[Any, str, str, str, str]] = {
     "first output": (bare("Louder"), "two", f"outputs {EVAL}", "", "2 tensors"),
     "train mode only": (bare("LouderWhileTraining"), "three", f"outputs {TRAIN}", "logits[", ""),
     "larger batches only": (
-        bare("LouderInLargerBatches"), "three", "outputs (eval, batch 3)", "logits[", "",
+        bare("LouderInLargerBatches"), "three", "outputs (eval, shape (3, 6))", "logits[", "",
     ),
     "lost gradient": (
         bare("Detached"), "three", f"gradients {EVAL}", "three.weight",
@@ -94,7 +94,7 @@ def test_only_the_wrong_mode_is_broken() -> None:
     report = check(bare("LouderWhileTraining"), "three")
     assert {row.check for row in report.broken} == {
         "outputs (train, given shape)",
-        "outputs (train, batch 3)",
+        "outputs (train, shape (3, 6))",
         "gradients (train, given shape)",
     }
 
