@@ -1,0 +1,191 @@
+"""What kind of computation a node of a trace is, and which tensors it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum, auto
+from functools import cache
+from typing import Any, cast
+
+from torch import fx, nn
+
+from surgery.capture import TensorSpec
+
+
+class Kind(Enum):
+    """Kinds of computation, as far as a role can depend on them."""
+
+    VIEW = auto()
+    """Moves elements about or changes their type: its first operand, rearranged."""
+    JOIN = auto()
+    """Puts tensors side by side, or picks from several."""
+    ADD = auto()
+    MULTIPLY = auto()
+    BEND = auto()
+    """An elementwise nonlinearity with one input."""
+    GLU = auto()
+    """Halves its input and multiplies one half by a nonlinearity of the other."""
+    SOFTMAX = auto()
+    PICK = auto()
+    """Chooses the largest entries: topk, sort, argmax."""
+    GATHER = auto()
+    """Reads at positions that another operand names."""
+    ATTEND = auto()
+    """A fused attention: query, key and value are its first three operands."""
+    MATMUL = auto()
+    EINSUM = auto()
+    LINEAR = auto()
+    CONVOLVE = auto()
+    LOOKUP = auto()
+    """Rows of a table by index: an embedding."""
+    NORMALISE = auto()
+    PASS = auto()
+    """Anything else: what comes out is a function of what goes in."""
+
+
+def _table(kinds: dict[Kind, str]) -> dict[str, Kind]:
+    return {name: kind for kind, names in kinds.items() for name in names.split()}
+
+
+_KINDS = _table(
+    {
+        Kind.VIEW: """
+            view reshape transpose permute swapaxes swapdims movedim moveaxis t T mT H mH adjoint
+            flatten unflatten ravel squeeze unsqueeze expand expand_as broadcast_to contiguous
+            clone detach alias chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split
+            unbind getitem select narrow repeat repeat_interleave tile roll flip fliplr flipud
+            rot90 pad constant_pad_nd as_strided view_as reshape_as unfold fold diagonal
+            view_as_complex view_as_real real data pixel_shuffle pixel_unshuffle channel_shuffle
+            index_select take_along_dim masked_select
+            to type type_as float half bfloat16 double cpu cuda requires_grad
+            dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+            masked_fill fill_diagonal tril triu nan_to_num clamp clip clamp_min clamp_max
+        """,
+        Kind.JOIN: """
+            cat concat concatenate stack hstack vstack dstack column_stack where setitem
+            index_put index_copy index_add scatter scatter_add select_scatter slice_scatter
+            masked_scatter copy index_fill scatter_reduce
+        """,
+        Kind.ADD: "add sub rsub subtract addcmul addcdiv lerp maximum minimum",
+        Kind.MULTIPLY: "mul multiply div truediv divide true_divide",
+        Kind.BEND: """
+            relu relu6 gelu silu mish elu selu celu leaky_relu rrelu prelu hardswish hardsigmoid
+            hardtanh sigmoid tanh softplus softsign logsigmoid log_sigmoid tanhshrink threshold
+            softshrink hardshrink erf
+        """,
+        Kind.GLU: "glu",
+        Kind.SOFTMAX: "softmax log_softmax softmin gumbel_softmax _safe_softmax _softmax",
+        Kind.PICK: "topk sort argsort argmax kthvalue multinomial",
+        Kind.GATHER: "gather",
+        Kind.ATTEND: """
+            scaled_dot_product_attention flash_attn_func flex_attention
+            memory_efficient_attention _scaled_dot_product_flash_attention
+            _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+            _scaled_dot_product_flash_attention_for_cpu
+        """,
+        Kind.MATMUL: """
+            matmul mm bmm mv dot addmm baddbmm addbmm grouped_mm _grouped_mm grouped_mm_fallback
+        """,
+        Kind.EINSUM: "einsum",
+        Kind.LINEAR: "linear",
+        Kind.CONVOLVE: """
+            conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
+        """,
+        Kind.LOOKUP: "embedding embedding_bag",
+        Kind.NORMALISE: """
+            layer_norm rms_norm group_norm batch_norm instance_norm normalize local_response_norm
+            native_layer_norm native_group_norm
+        """,
+    }
+)
+
+# What a normalisation that is written out computes: a statistic, and a root to divide by.
+STATISTICS = frozenset(["mean", "var", "var_mean", "std", "std_mean", "norm", "vector_norm", "sum"])
+ROOTS = frozenset(["rsqrt", "sqrt", "norm", "vector_norm", "std", "std_mean"])
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,  # pyright: ignore[reportPrivateUsage]
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def module_kind(module: nn.Module) -> Kind:
+    """The kind of an atomic layer that a trace shows as one node."""
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return Kind.LINEAR
+    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        return Kind.CONVOLVE
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return Kind.LOOKUP
+    if isinstance(module, _NORMS):
+        return Kind.NORMALISE
+    return Kind.BEND if isinstance(module, nn.PReLU) else Kind.PASS
+
+
+def op_kind(node: fx.Node) -> Kind:
+    """The kind of a ``call_function`` or ``call_method`` node."""
+    return _KINDS.get(op_name(node), Kind.PASS)
+
+
+def op_name(node: fx.Node) -> str:
+    """The plain name of what a node calls: ``add`` for ``operator.add``, ``Tensor.add_``, ..."""
+    if node.target is getattr:
+        return str(node.args[1])
+    return _plain_name(node.target)
+
+
+@cache
+def _plain_name(target: object) -> str:
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    return name.partition(".")[0].rstrip("_")
+
+
+def spec(node: fx.Node) -> TensorSpec | None:
+    """Shape and type of a node's tensor; None if it is a number or several tensors."""
+    value = node.meta.get("val")
+    return value if isinstance(value, TensorSpec) else None
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor; empty if it is not one tensor."""
+    found = spec(node)
+    return () if found is None else found.shape
+
+
+def holds_tensor(value: object) -> bool:
+    """Whether a ``meta["val"]`` is a tensor's, or contains one."""
+    if isinstance(value, TensorSpec):
+        return True
+    if isinstance(value, tuple | list):
+        return any(holds_tensor(item) for item in cast("list[Any]", value))
+    return isinstance(value, dict) and any(
+        holds_tensor(item) for item in cast("dict[Any, Any]", value).values()
+    )
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes a node reads tensors from, in argument order, each as often as it is read."""
+    return [each for each in _nodes((node.args, node.kwargs)) if holds_tensor(each.meta.get("val"))]
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in cast("list[Any]", value):
+            yield from _nodes(item)
+    elif isinstance(value, dict):
+        for item in cast("dict[Any, Any]", value).values():
+            yield from _nodes(item)
+    elif isinstance(value, slice):
+        yield from _nodes((value.start, value.stop, value.step))
+
+
+def argument(node: fx.Node, position: int, name: str) -> Any:
+    """An argument given by position or by name; None if it was not given."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name)

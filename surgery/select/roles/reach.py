@@ -1,0 +1,107 @@
+"""Where a layer's output goes before another weight takes it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from surgery.select.roles.dataflow import Dataflow, uses_in
+from surgery.select.roles.ops import Kind, op_kind, operands, shape
+from surgery.select.roles.values import Fixed, Use
+
+
+def after(flow: Dataflow, use: Use) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every (from, to) edge on which a layer's output travels, up to the next weights.
+
+    The edge into the next weight, attention or model output is given, and not followed. So is one
+    on which the output scales or shifts something else.
+    """
+    seen: set[fx.Node] = set()
+    waiting = [use.node]
+    while waiting:
+        node = waiting.pop(0)
+        for user in node.users:
+            if node not in operands(user):
+                continue
+            yield node, user
+            if user not in seen and not _ends(flow, node, user):
+                seen.add(user)
+                waiting.append(user)
+
+
+def _ends(flow: Dataflow, node: fx.Node, user: fx.Node) -> bool:
+    if user.op == "output" or user in flow.fresh or op_kind(user) is Kind.ATTEND:
+        return True
+    return modulates(flow, node, user)
+
+
+def modulates(flow: Dataflow, node: fx.Node, user: fx.Node) -> bool:
+    """Whether a tensor scales or shifts another at ``user``."""
+    uses = uses_in(flow.value(node))
+    return bool(uses) and uses <= flow.evidence.modulators.get(user, set())
+
+
+def next_uses(flow: Dataflow, use: Use) -> tuple[set[int], bool]:
+    """The uses of weights a layer's output goes to, and whether it goes anywhere else."""
+    found: set[int] = set()
+    elsewhere = False
+    for node, user in after(flow, use):
+        if user in flow.fresh:
+            found.add(flow.fresh[user])
+        elif modulates(flow, node, user):
+            found |= flow.evidence.modulators[user]
+        elif user.op == "output" or op_kind(user) is Kind.ATTEND:
+            elsewhere = True
+    return found, elsewhere
+
+
+def joins_residual(flow: Dataflow, start: fx.Node, use: Use) -> bool:
+    """Whether a layer's output is added to something that ``start`` was computed from."""
+    for node, user in after(flow, use):
+        if op_kind(user) is not Kind.ADD or user.op == "output":
+            continue
+        for other in operands(user):
+            alike = shape(other) == shape(user)
+            if other is not node and alike and _precedes(flow, other, start):
+                return True
+    return False
+
+
+def _precedes(flow: Dataflow, early: fx.Node, late: fx.Node) -> bool:
+    """Whether ``early``, or what it is a view of, is an ancestor of ``late`` or ``late`` itself."""
+    source = origin(flow, early)
+    floor = flow.order[source]
+    seen = {late}
+    waiting = [late]
+    while waiting:
+        node = waiting.pop()
+        if node is source:
+            return True
+        for each in operands(node):
+            if each not in seen and flow.order[each] >= floor:
+                seen.add(each)
+                waiting.append(each)
+    return False
+
+
+def origin(flow: Dataflow, node: fx.Node) -> fx.Node:
+    """The node that a tensor is a view, a cast or a scaled copy of."""
+    while node.op in ("call_function", "call_method") and operands(node):
+        live = [each for each in operands(node) if not isinstance(flow.value(each), Fixed)]
+        scaled = op_kind(node) is Kind.MULTIPLY and len(live) == 1
+        if not scaled and op_kind(node) is not Kind.VIEW:
+            break
+        node = live[0] if scaled else operands(node)[0]
+    return node
+
+
+def becomes_tokens(flow: Dataflow, use: Use) -> bool:
+    """Whether a map of features is flattened into a sequence before the next weight."""
+    rank = len(shape(use.node))
+    return any(
+        user.op in ("call_function", "call_method")
+        and op_kind(user) is Kind.VIEW
+        and len(shape(user)) == rank - 1
+        for _, user in after(flow, use)
+    )
