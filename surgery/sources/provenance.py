@@ -141,7 +141,8 @@ class _WithoutDraws(TorchFunctionMode):
             if isinstance(target, nn.Parameter):
                 # The mean of a normal, the lower end of a uniform: what a rejection loop accepts.
                 inner = func in self._INNER and len(args) > 1
-                return target.fill_(args[1] if inner else 0.0)
+                with torch.no_grad():
+                    return target.fill_(args[1] if inner else 0.0)
         return func(*args, **named)
 
 
