@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from surgery.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from surgery import adapters, capture
     from surgery.checkpoints import restore, save
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         SourceError,
         SurgeryError,
     )
+    from surgery.inspection import Inspection, inspect
     from surgery.passes.lowrank import LowRank
     from surgery.planning import Plan, apply, plan
     from surgery.rules import (
@@ -48,11 +51,8 @@ if TYPE_CHECKING:
         Type,
         Where,
     )
-    from surgery.select import inspect
     from surgery.sources import Example, load
     from surgery.verification import Report, verify
-
-__version__ = "0.1.0"
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.editing": ("undo",),
@@ -69,6 +69,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SourceError",
         "SurgeryError",
     ),
+    "surgery.inspection": ("Inspection", "inspect"),
     "surgery.passes.lowrank": ("LowRank",),
     "surgery.planning": ("Plan", "apply", "plan"),
     "surgery.rules": (
@@ -83,7 +84,6 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Type",
         "Where",
     ),
-    "surgery.select": ("inspect",),
     "surgery.sources": ("Example", "load"),
     "surgery.verification": ("Report", "verify"),
 }
@@ -98,6 +98,7 @@ __all__ = [
     "CreatedBy",
     "Example",
     "ExportError",
+    "Inspection",
     "Layers",
     "LowRank",
     "ModelStateError",

@@ -168,6 +168,7 @@ def inspect_model(
     device: Device = None,
     dtype: Dtype = None,
     example: Example = None,
+    full: Full = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -178,7 +179,7 @@ def inspect_model(
             loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
             with progress.task("reading the structure"):
                 found = surgery.inspect(loaded, example=read_example(example))
-        current.result(found, found.to_dict())
+        current.result(found.view(full=full), found.to_dict())
 
 
 @app.command()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,18 +65,24 @@ def saved(tmp_path: Path, rules: str) -> str:
 # --- what each verb does -----------------------------------------------------------------------
 
 
-def test_inspect_names_every_linear_layer():
+def test_inspect_shows_runs_of_like_sites_and_their_roles():
     shown = succeed("inspect", *TINY).stdout
+    assert "encoder.layer.{0..1}.attention.self.query" in shown
+    assert "attention.q" in shown
+
+
+def test_inspect_in_full_names_every_site():
+    shown = succeed("inspect", *TINY, "--full").stdout
     for layer in range(2):
         for name in ("query", "key", "value"):
-            assert name in shown, layer
+            assert f"encoder.layer.{layer}.attention.self.{name} " in shown
 
 
 def test_inspect_as_json_gives_roles():
     data = json.loads(succeed("inspect", *TINY, "--json").stdout)
-    roles = {site["path"]: site["role"] for site in data["sites"]}
-    assert roles["encoder.layer.1.attention.self.query"] == "attention.q"
-    assert roles["encoder.layer.1.attention.self.value"] == "attention.v"
+    roles = {site["path"]: site["roles"] for site in data["sites"]}
+    assert roles["encoder.layer.1.attention.self.query"] == ["attention.q"]
+    assert roles["encoder.layer.1.attention.self.value"] == ["attention.v"]
 
 
 def test_plan_shows_and_writes_nothing(rules: str, tmp_path: Path):
@@ -129,7 +136,8 @@ def stock_folder(tmp_path: Path) -> str:
     folder = tmp_path / "stock"
     overrides = dict(pair.split("=") for pair in TINY[2::2])
     config = {name: int(value) for name, value in overrides.items()}
-    surgery.load(TINY[0], config=config).save_pretrained(folder)
+    model: Any = surgery.load(TINY[0], config=config)
+    model.save_pretrained(folder)
     return str(folder)
 
 
