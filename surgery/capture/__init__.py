@@ -37,18 +37,80 @@ Nodes
     is one node with a ``getitem`` node per tensor.
 
 ``node.meta``
-    ``val``           `TensorSpec` (shape, dtype, device) of the example; an int, float or bool for a
-                      size; tuples, lists and dicts of these.
+    ``val``           `TensorSpec` (shape, dtype, device) of the example; an int, float or bool
+                      for a size; tuples, lists and dicts of these.
     ``owner``         dotted path of the module whose forward was running ("" for the root).
     ``where``         ``"file:line"`` of the statement in the model's own code.
     ``mutates``       True on a node that writes to its first argument (``add_``, ``setitem``).
     ``written_by``    list of such nodes for a tensor that shares memory with what they wrote.
 
+One module
+==========
+``capture(module, args, kwargs, inline=()) -> Capture`` traces a module's own forward with its
+children as leaves (``inline`` names the ones to look into), and writes Python for it.
+
+``Capture``
+    ``.graph``      as above, with paths relative to the module. Placeholders are the parameters
+                    of the forward; a tuple or dict is taken apart by ``getitem`` nodes, an object
+                    (a cache) by ``getattr`` and method nodes. Besides: ``expect(value, expected)``
+                    nodes, the guards, at their place (``meta["guard"]``); ``assign(path, value)``
+                    nodes for ``self.path = value``; numbers of the module are ``get_attr`` nodes
+                    (``self.training``, ``self.num_heads``); ``meta["context"]`` lists the
+                    ``torch.no_grad`` and autocast blocks a node is in.
+    ``.guards``     what Python demanded, in order.
+    ``.signature``  per parameter: tensor, number, None or another fixed value, nested.
+    ``.source``     the generated Python: ``accepts(self, ...)`` and ``forward(self, ...)``.
+    ``.forward(module, *args, **kwargs)``  runs it with the original module as ``self``;
+                    ``.accepts(...)`` says whether it may. Identical sources share one code object.
+    ``.rewritten(graph, module)``  the same capture with another graph.
+
+``Forward(capture, edit=None)`` is what to put in place of a forward: it holds up to eight variants,
+captures a new one when no variant accepts a call, and raises `CaptureError` past that.
+
 Errors are `CaptureError`: the path and class of the module, the file and line, and why.
 """
 
-from surgery.capture.guards import Guard
-from surgery.capture.trace import Trace, is_atomic, trace_model
-from surgery.capture.values import TensorSpec
+from __future__ import annotations
 
-__all__ = ["Guard", "TensorSpec", "Trace", "is_atomic", "trace_model"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.capture.guards import Guard, assign, expect
+    from surgery.capture.own import Capture, capture
+    from surgery.capture.trace import Trace, is_atomic, trace_model
+    from surgery.capture.values import TensorSpec
+    from surgery.capture.variants import Forward
+
+# Imported when first used: grafts live in this package too, and need none of it.
+_HOMES = {
+    "Capture": "own",
+    "Forward": "variants",
+    "Guard": "guards",
+    "TensorSpec": "values",
+    "Trace": "trace",
+    "assign": "guards",
+    "capture": "own",
+    "expect": "guards",
+    "is_atomic": "trace",
+    "trace_model": "trace",
+}
+
+__all__ = [
+    "Capture",
+    "Forward",
+    "Guard",
+    "TensorSpec",
+    "Trace",
+    "assign",
+    "capture",
+    "expect",
+    "is_atomic",
+    "trace_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery.capture' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"surgery.capture.{_HOMES[name]}"), name)

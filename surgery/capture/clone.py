@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from surgery.capture import private
+from surgery.capture.structure import class_of
+from surgery.tree import named_modules
 
 _CONTAINERS = (list, tuple, dict, set, OrderedDict, defaultdict, deque)
 
@@ -42,7 +44,7 @@ class Clones:
         self.path: dict[int, str] = {}
         self.original: dict[int, nn.Module] = {}
         pairs: list[tuple[nn.Module, nn.Module]] = []
-        for path, module in root.named_modules():
+        for path, module in named_modules(root, duplicates=False):
             clone = object.__new__(type(module))
             self._clone_of[id(module)] = clone
             self.path[id(clone)] = path
@@ -51,6 +53,7 @@ class Clones:
         for module, clone in pairs:
             clone.__dict__.update(self._state(module))
         self.root = self._clone_of[id(root)]
+        self.original_root = root
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         """The module's attributes, with the plain dicts it caches tensors in emptied."""
@@ -65,16 +68,24 @@ class Clones:
         items = cast(dict[Any, Any], value).values()
         return any(isinstance(item, torch.Tensor) for item in items)
 
+    def pair(self, path: str) -> tuple[nn.Module, nn.Module]:
+        """The clone at a path and the module it stands for."""
+        return self.root.get_submodule(path), self.original_root.get_submodule(path)
+
+    def by_path(self) -> list[tuple[str, nn.Module]]:
+        """Every clone with its path."""
+        return [(self.path[id(clone)], clone) for clone in self._clone_of.values()]
+
     def at(self, paths: set[str]) -> list[tuple[str, nn.Module]]:
         """The clones at these paths."""
-        pairs = ((self.path[id(clone)], clone) for clone in self._clone_of.values())
-        return [(path, clone) for path, clone in pairs if path in paths]
+        return [(path, clone) for path, clone in self.by_path() if path in paths]
 
     def of(self, module: nn.Module) -> nn.Module:
         """The clone of a module of the tree."""
         return self._clone_of[id(module)]
 
     def modules(self) -> list[nn.Module]:
+        """Every clone."""
         return list(self._clone_of.values())
 
     def path_of(self, value: object) -> str | None:
@@ -95,7 +106,7 @@ class Clones:
             clone.__class__ = _with_interception(type(clone))
 
     def _copy(self, value: Any) -> Any:
-        kind = type(value)
+        kind = class_of(value)
         if kind in _ATOMS:
             return value
         if kind in _CONTAINERS:
@@ -111,16 +122,12 @@ class Clones:
         return value
 
     def _copy_container(self, value: Any) -> Any:
-        if not value:
-            return value.copy() if type(value) is not tuple else value
-        if type(value) is defaultdict:
-            made = defaultdict(value.default_factory)
-            made.update((key, self._copy(item)) for key, item in value.items())
-            return made
-        if isinstance(value, dict):
-            items = cast(dict[Any, Any], value).items()
-            return type(value)((key, self._copy(item)) for key, item in items)
-        return type(value)(self._copy(item) for item in value)
+        kind = class_of(value)
+        if not issubclass(kind, dict):
+            return kind(self._copy(item) for item in value)
+        made = value.copy()  # keeps the default factory of a defaultdict
+        made.update((key, self._copy(item)) for key, item in value.items())
+        return made
 
     def _copy_partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
         arguments = [self._copy(item) for item in value.args]

@@ -37,14 +37,14 @@ class Evaluator:
 
     Args:
         fetch: Gives the tensor of a ``get_attr`` node, or the example of a ``placeholder``.
-        module: Gives the (cloned) module of a ``call_module`` node.
+        module: Gives the clone to run for a ``call_module`` node, and the module it stands for.
         budget: Elements a slice may touch before its numbers are made up instead.
     """
 
     def __init__(
         self,
         fetch: Callable[[fx.Node], Any],
-        module: Callable[[str], nn.Module],
+        module: Callable[[str], tuple[nn.Module, nn.Module]],
         budget: int = BUDGET,
     ) -> None:
         self._fetch = fetch
@@ -91,8 +91,8 @@ class Evaluator:
                 return False
             elements += sum(_numel(spec) for spec in specs)
             if node.op == "call_module":
-                module = self._module(cast(str, node.target))
-                tensors = [*module.parameters(), *module.buffers()]
+                _, original = self._module(cast(str, node.target))
+                tensors = [*original.parameters(), *original.buffers()]
                 if any(_is_meta(tensor) for tensor in tensors):
                     return False
                 elements += sum(tensor.numel() for tensor in tensors)
@@ -101,6 +101,10 @@ class Evaluator:
     def _run(self, node: fx.Node, known: dict[fx.Node, Answer], *, real: bool) -> Answer:
         if not real and _is_floating(node):
             return Answer(_made_up(node), True)
+
+        def filled(argument: Any) -> Any:
+            return known[argument].value if isinstance(argument, fx.Node) else argument
+
         if node.op in ("get_attr", "placeholder"):
             value = self._fetch(node)
             if not isinstance(value, torch.Tensor):
@@ -109,22 +113,21 @@ class Evaluator:
                 # Ones are a mask that keeps everything, and a valid index nearly everywhere.
                 return Answer(torch.ones(value.shape, dtype=value.dtype), True)
             return Answer(value.detach().clone(), False)
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda argument: known[argument].value
-        )
+        args, kwargs = map_structure((node.args, node.kwargs), filled)
         if not real:
             args, kwargs = map_structure((args, kwargs), _off_meta)
         assumed = any(known[argument].assumed for argument in node.all_input_nodes)
         if node.op == "call_module":
-            return Answer(_call_module(self._module(cast(str, node.target)), args, kwargs), assumed)
+            module, original = self._module(cast(str, node.target))
+            return Answer(_call_module(module, original, args, kwargs), assumed)
         if node.op == "call_method":
             return Answer(getattr(args[0], cast(str, node.target))(*args[1:], **kwargs), assumed)
         function = cast(Callable[..., Any], node.target)
         return Answer(function(*args, **kwargs), assumed)
 
 
-def _call_module(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    buffers = {name: tensor.clone() for name, tensor in module.named_buffers()}
+def _call_module(module: nn.Module, original: nn.Module, args: Any, kwargs: Any) -> Any:
+    buffers = {name: tensor.clone() for name, tensor in original.named_buffers()}
     return torch.func.functional_call(module, buffers, args, kwargs)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from surgery.capture.structure import class_of
+
 if TYPE_CHECKING:
     from surgery.capture.tracer import Tracer
 
@@ -35,7 +37,7 @@ class ObjectProxy:
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(shadow_of(self))
+        return class_of(shadow_of(self))
 
     def __getattr__(self, name: str) -> Any:
         return _tracer(self).object_attribute(self, name)
@@ -50,6 +52,7 @@ class ObjectProxy:
         _tracer(self).object_call(self, "__setitem__", (key, value), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the object."""
         return _tracer(self).object_call(self, "__call__", args, kwargs)
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from surgery.capture import private
+from surgery.capture.signs import ARITHMETIC, COMPARISON, UNARY
 
 
 class Op(NamedTuple):
@@ -22,36 +23,19 @@ class Op(NamedTuple):
     args: tuple[Any, ...]
 
 
+# What the methods of a tensor are called, beyond the names of Python's own operators.
 _INFIX: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "true_divide": operator.truediv,
-    "truediv": operator.truediv,
-    "floor_divide": operator.floordiv,
-    "floordiv": operator.floordiv,
-    "remainder": operator.mod,
-    "mod": operator.mod,
-    "pow": operator.pow,
-    "matmul": operator.matmul,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-    "lshift": operator.lshift,
-    "rshift": operator.rshift,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
+    **ARITHMETIC,
+    **COMPARISON,
+    "div": ARITHMETIC["truediv"],
+    "true_divide": ARITHMETIC["truediv"],
+    "floor_divide": ARITHMETIC["floordiv"],
+    "remainder": ARITHMETIC["mod"],
     "getitem": operator.getitem,
 }
 _REFLECTED: dict[str, Callable[..., Any]] = {
-    f"r{name}": _INFIX[name]
-    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
-    + ("and", "or", "xor", "lshift", "rshift")
+    "rdiv": ARITHMETIC["truediv"],
+    **{f"r{name}": function for name, function in ARITHMETIC.items()},
 }
 _INPLACE: dict[str, str] = {
     "iadd": "add_",
@@ -67,11 +51,8 @@ _INPLACE: dict[str, str] = {
     "ixor": "bitwise_xor_",
 }
 _PREFIX: dict[str, Callable[..., Any]] = {
-    "neg": operator.neg,
-    "__pos__": operator.pos,
-    "__invert__": operator.invert,
-    "__abs__": operator.abs,
-    "__neg__": operator.neg,
+    "neg": UNARY["neg"],
+    **{f"__{name}__": function for name, function in UNARY.items()},
 }
 
 

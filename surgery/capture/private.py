@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 
 __all__ = [
     "CONVOLUTION",
+    "COPY_TENSOR",
     "NEEDS_DATA",
     "NORM_BASE",
     "RECURRENT",
@@ -49,6 +50,7 @@ NEEDS_DATA: tuple[type[Exception], ...] = (
 NORM_BASE: type[nn.Module] = nn.modules.batchnorm._NormBase
 CONVOLUTION: type[nn.Module] = nn.modules.conv._ConvNd
 RECURRENT: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
+COPY_TENSOR: Any = torch.Tensor.__deepcopy__
 SET_GRAD_ENABLED: Callable[[bool], None] = torch._C._set_grad_enabled
 
 
@@ -70,9 +72,14 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, value
 
 
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The module's own dictionary of buffers, to be written to."""
+    return module._buffers
+
+
 def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     """The shape, dtype and device of ``tensor`` as a tensor without data."""
-    return cast(FakeTensor, mode.from_tensor(tensor.detach(), static_shapes=True))
+    return mode.from_tensor(tensor.detach(), static_shapes=True)
 
 
 def storage_id(tensor: torch.Tensor) -> int:

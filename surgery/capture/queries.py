@@ -44,7 +44,7 @@ _UNTRACED = frozenset({"grad", "grad_fn", "_grad", "_backward_hooks"})
 
 
 def _size(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shape = tracer.shape(args[0])
+    shape: Any = tracer.shape(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return shape if dim is None else shape[dim]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from surgery.capture.guards import Guard, assign, expect
 from surgery.errors import CaptureError
 
 if TYPE_CHECKING:
-    from surgery.capture.capture import Capture
+    from surgery.capture.own import Capture
 
 
 class Replay:
@@ -37,7 +37,7 @@ class Replay:
     def __init__(
         self, variant: Capture, module: nn.Module, values: tuple[Any, ...], miss: Miss
     ) -> None:
-        self._module = module
+        self.module = module
         inputs = [node.name for node in variant.graph.nodes if node.op == "placeholder"]
         self._known: dict[str, Any] = {**miss.values, **dict(zip(inputs, values, strict=True))}
         self._passed = self._before(variant, variant.code.inline[miss.index])
@@ -96,7 +96,7 @@ class Replay:
         lost = node.op == "call_module" or node.meta.get("mutates") or node.meta.get("written_by")
         if lost:
             raise CaptureError(
-                f"{type(self._module).__name__}: {node.meta['where']}: this value is needed again "
+                f"{type(self.module).__name__}: {node.meta['where']}: this value is needed again "
                 "after a guard failed, and was dropped",
             )
         with _contexts(node):
@@ -106,19 +106,17 @@ class Replay:
     def _compute(self, node: fx.Node, constants: Mapping[str, Any]) -> Any:
         if node.op == "get_attr":
             target = cast(str, node.target)
-            return (
-                constants.get(target, None) if target in constants else _get(self._module, target)
-            )
+            return constants.get(target, None) if target in constants else _get(self.module, target)
         args = cast(tuple[Any, ...], self._fill(node.args, constants))
         kwargs = cast(dict[str, Any], self._fill(node.kwargs, constants))
         if node.op == "call_module":
-            return self._module.get_submodule(cast(str, node.target))(*args, **kwargs)
+            return self.module.get_submodule(cast(str, node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
         if node.target is assign:
             path, value = args
             owner, _, name = cast(str, path).rpartition(".")
-            return setattr(self._module.get_submodule(owner), name, value)
+            return setattr(self.module.get_submodule(owner), name, value)
         return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
@@ -145,7 +143,7 @@ _FACTORIES = frozenset({torch.zeros, torch.ones, torch.empty, torch.full, torch.
 
 
 @contextlib.contextmanager
-def _contexts(node: fx.Node) -> Iterator[None]:
+def _contexts(node: fx.Node) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         for change in cast(tuple[Change, ...], node.meta.get("context", ())):
             stack.enter_context(_manager(change))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from surgery.capture.structure import class_of
 from surgery.capture.tracer import is_static
 from surgery.capture.values import SYMBOLS
 
@@ -95,14 +96,17 @@ class Signature:
         return ", ".join(f"{name}: {spec}" for name, spec in self.specs.items())
 
 
+_SEQUENCES: tuple[type[Any], ...] = (tuple, list)
+
+
 def spec_of(value: Any) -> Spec:
     """What an argument is, as far as a captured graph depends on it."""
-    kind = cast(type, type(value))
+    kind = class_of(value)
     if isinstance(value, torch.Tensor):
         return Tensor(value.ndim)
     if kind in SYMBOLS and kind is not bool:
         return Number(kind)
-    if issubclass(kind, (tuple, list)):
+    if issubclass(kind, _SEQUENCES):
         return Items(kind, tuple(spec_of(item) for item in value))
     if kind is dict:
         return Keyed(tuple((key, spec_of(item)) for key, item in value.items()))

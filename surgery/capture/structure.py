@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -14,7 +14,7 @@ _DICTS = frozenset({dict, immutable_dict})
 
 def map_structure(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """``value`` with every leaf of its tuples, lists, dicts and slices passed through ``leaf``."""
-    kind = cast(type, type(value))
+    kind = class_of(value)
     if kind in _LISTS:
         return [map_structure(item, leaf) for item in value]
     if kind in _DICTS:
@@ -23,7 +23,7 @@ def map_structure(value: Any, leaf: Callable[[Any], Any]) -> Any:
         bounds = (value.start, value.stop, value.step)
         return slice(*(map_structure(bound, leaf) for bound in bounds))
     if issubclass(kind, tuple):
-        return rebuild(kind, [map_structure(item, leaf) for item in value])
+        return rebuild(class_of(value), [map_structure(item, leaf) for item in value])
     return leaf(value)
 
 
@@ -34,7 +34,12 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
-def rebuild(kind: type, items: list[Any]) -> Any:
+def class_of(value: object) -> type[Any]:
+    """``type(value)``, whatever ``value`` was narrowed to before."""
+    return type(value)
+
+
+def rebuild(kind: type[Any], items: list[Any]) -> Any:
     """A tuple or list of type ``kind`` holding ``items``; a ``torch.Size`` becomes a tuple."""
     if kind is torch.Size:
         return tuple(items)

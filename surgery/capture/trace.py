@@ -13,9 +13,9 @@ from torch import fx, nn
 from surgery.capture import private
 from surgery.capture.clone import Clones
 from surgery.capture.guards import Guard
-from surgery.capture.tracer import Options, Tracer
 from surgery.capture.settle import settle
 from surgery.capture.structure import map_structure
+from surgery.capture.tracer import Options, Tracer
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
 

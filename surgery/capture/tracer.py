@@ -28,7 +28,7 @@ from surgery.capture.contexts import Ambient
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
 from surgery.capture.objects import ObjectProxy, is_object, node_of, shadow_of
-from surgery.capture.structure import leaves, map_structure, rebuild, tensors
+from surgery.capture.structure import class_of, leaves, map_structure, rebuild, tensors
 from surgery.capture.values import (
     SYMBOLS,
     Symbol,
@@ -77,6 +77,7 @@ class Tracer:
         self, clones: Clones, is_leaf: Callable[[str, nn.Module], bool], options: Options
     ) -> None:
         self.options = options
+        self.open = True
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
         self.constants: dict[str, Any] = {}
@@ -93,17 +94,35 @@ class Tracer:
         self._written: dict[int, list[fx.Node]] = {}
         self._told: set[tuple[fx.Node, str]] = set()
         self._alive: list[Any] = []  # their ids are keys above, so they must not be freed
-        self._evaluator = Evaluator(self._fetch, clones.root.get_submodule)
+        self._evaluator = Evaluator(self._fetch, clones.pair)
         for module in clones.modules():
             clones.intercept(module, _Calls(self, module))
+        self._shield_leaves()
+
+    def _shield_leaves(self) -> None:
+        """Give the leaves fake buffers: a leaf that runs may write to its own (BatchNorm)."""
+        modules = self._clones.by_path()
+        leaf_paths = {path for path, module in modules if self._is_leaf(path, module)}
+        for path, module in modules:
+            if _within(path, leaf_paths):
+                for name, buffer in list(private.own_buffers(module).items()):
+                    if not isinstance(buffer, torch.Tensor):
+                        continue
+                    fake = self._to_fake(buffer)
+                    self._names[id(fake)] = f"{path}.{name}" if path else name
+                    private.own_buffers(module)[name] = fake
+                    self._alive.append(fake)
 
     # -- running -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def recording(self) -> Generator[None]:
         """Torch calls made inside are recorded."""
-        with torch.enable_grad(), _Recorder(self):
-            yield
+        try:
+            with torch.enable_grad(), _Recorder(self):
+                yield
+        finally:
+            self.open = False
 
     @contextlib.contextmanager
     def _pause(self) -> Generator[None]:
@@ -273,6 +292,18 @@ class Tracer:
         symbol = self._symbol(read_attribute, (path,), value)
         return symbol.demand("plain") if self.options.plain_numbers else symbol
 
+    def attribute(self, path: str, value: torch.Tensor) -> Any:
+        """A tensor that a module holds besides its parameters and buffers."""
+        node = self.graph.get_attr(path)
+        return self._present(node, value)
+
+    def held(self, path: str, value: Any) -> None:
+        """Guard what an attribute was before the forward assigned to it."""
+        node = self.graph.get_attr(path)
+        self._place(node)
+        node.meta["val"] = value
+        self.guard("none" if value is None else "object", f"self.{path}", value, node)
+
     def guard(
         self,
         kind: str,
@@ -365,7 +396,7 @@ class Tracer:
         target = cast(str, node.target)
         if target in self.constants:
             return self.constants[target]
-        return operator.attrgetter(target)(self._clones.root)
+        return operator.attrgetter(target)(self._clones.original_root)
 
     # -- objects -------------------------------------------------------------------------------
 
@@ -415,7 +446,7 @@ class Tracer:
 
     def _present(self, node: fx.Node, value: Any, *, none_guard: bool = True) -> Any:
         """What the forward gets to see of ``value``, which ``node`` gives."""
-        kind = cast(type, type(value))
+        kind = class_of(value)
         if isinstance(value, torch.Tensor):
             fake = value if isinstance(value, private.FakeTensor) else self._to_fake(value)
             node.meta["val"] = TensorSpec.of(fake)
@@ -425,7 +456,7 @@ class Tracer:
                 return value  # part of the signature
             node.meta["val"] = value
             return self._symbol(None, (node,), value)
-        if issubclass(kind, (tuple, list)):
+        if issubclass(kind, _SEQUENCES):
             return self._present_items(node, value)
         if kind is dict:
             return {key: self._present(self._item(node, key), item) for key, item in value.items()}
@@ -442,7 +473,7 @@ class Tracer:
             length = self._call(len, (node,), count)
             self.guard("len", f"len({node.name})", count, length)
         items = [self._present(self._item(node, index), item) for index, item in enumerate(value)]
-        return rebuild(type(value), items)
+        return rebuild(class_of(value), items)
 
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._call(operator.getitem, (node, key), None)
@@ -517,9 +548,9 @@ class Tracer:
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         """The ``get_attr`` node of a parameter, a buffer, or a tensor the model holds elsewhere."""
-        if isinstance(tensor, private.FakeTensor):
-            raise self.error("a tensor computed inside a leaf escaped without being returned")
         key = id(tensor)
+        if isinstance(tensor, private.FakeTensor) and key not in self._names:
+            raise self.error("a tensor computed inside a leaf escaped without being returned")
         if key not in self._attributes:
             name = self._names.get(key)
             if name is None:
@@ -535,12 +566,24 @@ class Tracer:
     # -- fake execution ------------------------------------------------------------------------
 
     def _to_fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, private.FakeTensor):
+            return tensor
         with private.without_torch_function():
             return private.to_fake(self._fake, tensor)
 
     def unwrap(self, value: Any) -> Any:
-        """``value`` with fake tensors, plain numbers and example objects for what the trace made."""
-        return map_structure(value, _unwrap_leaf)
+        """``value`` with fake tensors, plain numbers and example objects for its proxies."""
+        return map_structure(value, self._unwrap_leaf)
+
+    def _unwrap_leaf(self, value: Any) -> Any:
+        if is_proxy(value):
+            return value.fake
+        if is_symbol(value):
+            return value.value
+        if is_object(value):
+            return shadow_of(value)
+        # A real tensor would be written to for real, fake mode or not.
+        return self._to_fake(value) if isinstance(value, torch.Tensor) else value
 
     def _run_fake(
         self,
@@ -608,8 +651,11 @@ class Tracer:
         opaque: bool = False,
         counted: bool = False,
     ) -> Any:
-        """Proxies for a result. ``opaque``: made by code that was not traced, so that its
-        structure may differ at the next call; ``counted``: so may the number of its tensors."""
+        """Proxies for a result.
+
+        ``opaque``: it comes from code that was not traced, so that its structure may differ at
+        the next call. ``counted``: so may the number of its tensors.
+        """
         node.meta["val"] = map_structure(result, _spec)
         if isinstance(result, torch.Tensor):
             written = self._written.get(private.storage_id(result))
@@ -621,11 +667,11 @@ class Tracer:
     def _wrap_part(
         self, node: fx.Node, result: Any, requires_grad: bool, *, opaque: bool, counted: bool
     ) -> Any:
-        kind = cast(type, type(result))
+        kind = class_of(result)
         if isinstance(result, torch.Tensor):
             floating = result.is_floating_point() or result.is_complex()
             return make_proxy(self, node, result, requires_grad=requires_grad and floating)
-        if issubclass(kind, (tuple, list)):
+        if issubclass(kind, _SEQUENCES):
             if (opaque or counted) and self.options.replayable:
                 length = self._call(len, (node,), len(result))
                 self.guard("len", f"len({node.name})", len(result), length)
@@ -729,7 +775,7 @@ class _SharedTensors(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return args[0] if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+        return args[0] if func is private.COPY_TENSOR else func(*args, **(kwargs or {}))
 
 
 @functools.cache
@@ -769,6 +815,8 @@ _STATIC = (
     types.BuiltinFunctionType,
 )
 
+_SEQUENCES: tuple[type[Any], ...] = (tuple, list)
+
 # Functions that give as many tensors as the sizes of their argument say.
 _COUNTED = frozenset(
     {"split", "chunk", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split",
@@ -799,12 +847,11 @@ def _shadowed(example: Any) -> Any:
     return example if isinstance(example, torch.Tensor) or is_static(example) else None
 
 
-def _unwrap_leaf(value: Any) -> Any:
-    if is_proxy(value):
-        return value.fake
-    if is_symbol(value):
-        return value.value
-    return shadow_of(value) if is_object(value) else value
+def _within(path: str, parents: set[str]) -> bool:
+    """True when ``path`` is one of ``parents`` or below one."""
+    while path and path not in parents:
+        path = path.rpartition(".")[0]
+    return path in parents
 
 
 def _spec(value: Any) -> Any:

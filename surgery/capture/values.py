@@ -11,7 +11,6 @@ tracer records a guard and the value is handed out.
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +19,15 @@ import torch
 from torch import fx
 
 from surgery.capture import private
+from surgery.capture.signs import (
+    ARITHMETIC,
+    COMPARISON,
+    NUMERIC,
+    PREFIXES,
+    SIGNS,
+    UNARY,
+    Function,
+)
 from surgery.capture.structure import tensors
 
 if TYPE_CHECKING:
@@ -267,59 +275,18 @@ def read_attribute(path: str) -> Any:
     raise AssertionError(f"self.{path} is read by the generated code")
 
 
-def sym_not(value: Any) -> bool:
-    """``not value``, as a function."""
-    return not value
-
-
-_Op = Callable[..., Any]
-_BINARY: dict[str, _Op] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "truediv": cast(_Op, operator.truediv),
-    "floordiv": cast(_Op, operator.floordiv),
-    "mod": operator.mod,
-    "pow": cast(_Op, operator.pow),
-    "and": cast(_Op, operator.and_),
-    "or": cast(_Op, operator.or_),
-    "xor": cast(_Op, operator.xor),
-    "lshift": cast(_Op, operator.lshift),
-    "rshift": cast(_Op, operator.rshift),
-}
-_COMPARE: dict[str, _Op] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-}
-_UNARY: dict[str, _Op] = {
-    "__neg__": operator.neg,
-    "__pos__": operator.pos,
-    "__abs__": operator.abs,
-    "__invert__": operator.invert,
-    "__floor__": math.floor,
-    "__ceil__": math.ceil,
-    "__trunc__": math.trunc,
-    "__sym_float__": float,
-    "__sym_int__": int,
-    "__sym_not__": sym_not,
-    "_sympy_sqrt": math.sqrt,
-}
-
-
-def _binary(op: _Op, *, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
+def _binary(op: Function, *, reflected: bool = False) -> Callable[[Symbol, Any], Any]:
     def method(self: Symbol, other: Any) -> Any:
         if not isinstance(other, (int, float)):  # a tensor's own operator takes over
+            return NotImplemented
+        if not self.tracer.open:  # left over as a key in somebody's cache: equal to nothing now
             return NotImplemented
         return self.tracer.arithmetic(op, (other, self) if reflected else (self, other))
 
     return method
 
 
-def _unary(op: _Op) -> Callable[[Symbol], Any]:
+def _unary(op: Function) -> Callable[[Symbol], Any]:
     def method(self: Symbol) -> Any:
         return self.tracer.arithmetic(op, (self,))
 
@@ -343,9 +310,10 @@ def _sym_min(self: Symbol, other: Any) -> Any:
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
-    **{f"__{name}__": _binary(op) for name, op in {**_BINARY, **_COMPARE}.items()},
-    **{f"__r{name}__": _binary(op, reflected=True) for name, op in _BINARY.items()},
-    **{name: _unary(op) for name, op in _UNARY.items()},
+    **{f"__{name}__": _binary(op) for name, op in {**ARITHMETIC, **COMPARISON}.items()},
+    **{f"__r{name}__": _binary(op, reflected=True) for name, op in ARITHMETIC.items()},
+    **{f"__{name}__": _unary(op) for name, op in UNARY.items()},
+    **{name: _unary(op) for name, op in NUMERIC.items()},
     "__round__": _round,
     "__divmod__": _divmod,
     "__sym_max__": _sym_max,
@@ -353,35 +321,6 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }
 for _name, _method in _METHODS.items():
     setattr(Symbol, _name, _method)
-
-
-SIGNS: dict[Any, str] = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.matmul: "@",
-    operator.truediv: "/",
-    operator.floordiv: "//",
-    operator.mod: "%",
-    operator.pow: "**",
-    operator.and_: "&",
-    operator.or_: "|",
-    operator.xor: "^",
-    operator.lshift: "<<",
-    operator.rshift: ">>",
-    operator.eq: "==",
-    operator.ne: "!=",
-    operator.lt: "<",
-    operator.le: "<=",
-    operator.gt: ">",
-    operator.ge: ">=",
-}
-PREFIXES: dict[Any, str] = {
-    operator.neg: "-",
-    operator.pos: "+",
-    operator.invert: "~",
-    sym_not: "not ",
-}
 
 
 def describe(value: object) -> str:
@@ -408,7 +347,7 @@ def _describe_node(node: fx.Node) -> str:
     return node.name
 
 
-def _describe_call(op: _Op, args: tuple[Any, ...]) -> str:
+def _describe_call(op: Function, args: tuple[Any, ...]) -> str:
     if op is operator.getitem:
         return f"{describe(args[0])}[{args[1]}]"
     if op is read_attribute:

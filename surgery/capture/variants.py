@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.capture.capture import Capture, capture
+from surgery.capture.own import Capture, capture
 from surgery.capture.codegen import Miss
 from surgery.capture.guards import Guard
 from surgery.capture.replay import Replay
@@ -73,17 +73,17 @@ class Forward:
         except Miss as miss:
             guard = variant.code.inline[miss.index]
             replay = Replay(variant, module, values, miss)
-        return self._take_over(variant, guard, replay, module, args, kwargs)
+        return self._take_over(variant, guard, replay, args, kwargs)
 
     def _take_over(
         self,
         variant: Capture,
         guard: Guard,
         replay: Replay,
-        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        """Finish a call whose ``guard`` failed, along a variant that goes its way."""
         while True:
             for other in self.variants:
                 if replay.can_continue(other):
@@ -95,7 +95,7 @@ class Forward:
                         "call has already changed an input",
                         hint=_HINT,
                     )
-                other = self._capture_for(module, args, kwargs, guard)
+                other = self._capture_for(replay.module, args, kwargs, guard)
                 if not replay.can_continue(other):
                     raise CaptureError(
                         f"{variant.kind}: captured for {guard}; capturing again took another way"

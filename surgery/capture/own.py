@@ -20,7 +20,7 @@ from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
 from surgery.capture.objects import is_object
 from surgery.capture.settle import settle
-from surgery.capture.structure import map_structure
+from surgery.capture.structure import class_of, map_structure
 from surgery.capture.tracer import Options, Tracer, is_static
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
@@ -61,6 +61,16 @@ class Capture:
     @functools.cached_property
     def _bind(self) -> Callable[..., tuple[Any, ...]]:
         return sig.binder(self.signature.parameters)
+
+    def rewritten(self, graph: fx.Graph, root: nn.Module) -> Capture:
+        """The same capture with another graph, such as one with its residuals rewired.
+
+        Args:
+            graph: Made from a copy of ``self.graph``; its guards and inputs stay.
+            root: The module, which says how to spell the path to a child.
+        """
+        code = generate(graph, root, self.signature, self.constants)
+        return dataclasses.replace(self, graph=graph, code=code)
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The values of the forward's parameters, in order."""
@@ -145,7 +155,7 @@ def _capture(
     tracer = Tracer(clones, lambda path, child: path not in traced, options)
     forward = own_forward(clones.root)
     bound = sig.bind(forward, args, kwargs)
-    before = _take_over_numbers(tracer, clones, traced)
+    before = _take_over_attributes(tracer, clones, traced)
     arguments = bound.signature.parameters
     specs = {name: _spec(parameter, bound) for name, parameter in arguments.items()}
     values = {name: tracer.input(name, bound.arguments.get(name)) for name in arguments}
@@ -199,18 +209,22 @@ def _spec(parameter: inspect.Parameter, bound: inspect.BoundArguments) -> sig.Sp
 # -- what a module holds ------------------------------------------------------------------------
 
 
-def _take_over_numbers(
+def _take_over_attributes(
     tracer: Tracer, clones: Clones, traced: set[str]
 ) -> dict[str, dict[str, Any]]:
-    """Make the numbers of the traced modules symbolic: ``self.training``, ``self.num_heads``.
+    """Make what the traced modules hold symbolic: ``self.training``, ``self.num_heads``.
 
-    Returns what each module then holds, by path.
+    Tensors that are neither parameters nor buffers too: a forward that keeps one for the next
+    call asks for its size. Returns what each module then holds, by path.
     """
     held: dict[str, dict[str, Any]] = {}
     for path, clone in clones.at(traced):
         for name, value in list(clone.__dict__.items()):
+            where = f"{path}.{name}" if path else name
             if type(value) in (int, float) or name == "training":
-                clone.__dict__[name] = tracer.number(f"{path}.{name}" if path else name, value)
+                clone.__dict__[name] = tracer.number(where, value)
+            elif isinstance(value, torch.Tensor):
+                clone.__dict__[name] = tracer.attribute(where, value)
         held[path] = _state(clone)
     return held
 
@@ -234,6 +248,8 @@ def _write_back(
             if value is old:
                 continue
             target = f"{path}.{name}" if path else name
+            if is_static(old):  # the forward may have asked what it was: "if self.cache is None"
+                tracer.held(target, old)
             tracer.graph.call_function(assign, (target, output(tracer, value)))
 
 
@@ -251,7 +267,7 @@ def output(tracer: Tracer, value: Any) -> Any:
     """
     if is_proxy(value) or is_symbol(value) or is_object(value):
         return tracer.arguments(value)
-    kind = cast(type, type(value))
+    kind = class_of(value)
     if isinstance(value, torch.Tensor):
         return tracer.node_of(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
