@@ -91,7 +91,8 @@ def take(model: nn.Module) -> Inventory:
 def _keys(tensor: Tensor) -> Iterator[Hashable]:
     """What two names of one tensor have in common: the object, or all of its memory."""
     yield id(tensor)
-    if tensor.numel() and tensor.device.type != "meta" and not is_quantised(tensor):
+    plain = tensor.layout is torch.strided and not is_quantised(tensor)
+    if plain and tensor.numel() and tensor.device.type != "meta":
         layout = (tensor.dtype, tuple(tensor.shape), tensor.stride())
         yield (str(tensor.device), tensor.data_ptr(), *layout)
 

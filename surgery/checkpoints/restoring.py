@@ -43,7 +43,8 @@ def restore(
             rewritten, whose weights are replaced; or, for an adapter, the model with the weights
             that the adapter belongs to. Rewritten in place. By default the model is rebuilt from
             its library.
-        device: Where the model is put. By default the CPU, or where ``model`` is.
+        device: Where the model is put. By default the CPU, or where ``model`` is; on "meta" no
+            weight is read.
         allow_other_base: Put an adapter on stock weights other than those it was saved beside.
 
     Returns:
@@ -65,7 +66,8 @@ def restore(
     if device is not None:
         target.to(device)
     _rewrite(path, saved, record, target)
-    _load(path, saved, target)
+    if device is None or torch.device(device).type != "meta":
+        _load(path, saved, target)
     _put_back(path, saved, record, target)
     return target
 
