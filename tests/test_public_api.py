@@ -56,6 +56,8 @@ def one(name: str, found: Any) -> Iterator[str]:
             yield f"    {type(value).__name__} {member}{inspect.signature(getattr(found, member))}"
         elif inspect.isfunction(value):
             yield f"    {member}{inspect.signature(value)}"
+        elif isinstance(value, str | int):
+            yield f"    {member} = {value!r}"
         else:
             yield f"    {member}"
 
