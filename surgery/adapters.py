@@ -179,11 +179,10 @@ def merge(
     for carrier, weight in zip(carriers, weights, strict=True):
         bank = carrier.bank
         mix = _available(bank, bank.active if wanted is None else wanted)
-        if not mix:
-            continue
         kept = _operation(record, carrier).kept
         # A copy that is there already is of the weight before the method changed it.
-        bank.copied = (keep_base or bank.keep_base) == "memory" and carrier.name not in kept
+        copies = (keep_base or bank.keep_base) == "memory" and carrier.name not in kept
+        bank.copied = copies and bool(mix)
         if bank.copied:
             kept[carrier.name] = weight.detach().clone()
         merge_into(weight, bank, mix)

@@ -31,6 +31,10 @@ class SurgeryError(Exception):
             return self.message
         return f"{self.message}\n  hint: {self.hint}"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # The keyword-only fields live in __dict__, which pickle restores as the state.
+        return (type(self), (self.message,), self.__dict__)
+
 
 class RuleError(SurgeryError):
     """A rule file or a rule object is wrong: unknown key, wrong type, bad value.
@@ -65,10 +69,6 @@ class RuleError(SurgeryError):
         if self.line is None:
             return text if self.file is None else f"{self.file}: {text}"
         return f"{self.file or '<rules>'}:{self.line}:{self.column}: {text}"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # The keyword-only fields live in __dict__, which pickle restores as the state.
-        return (type(self), (self.message,), self.__dict__)
 
 
 class NoMatch(SurgeryError):

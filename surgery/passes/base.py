@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from surgery.capture.graft import check_graftable
-from surgery.record import Edit, Record
+from surgery.record import Edit, Operation, Record
+from surgery.rules import Recipe
 from surgery.select import Match, ModelMap, Site
 from surgery.tree import named_modules
 
@@ -139,6 +140,20 @@ class Pass(ABC):
         """Switch an edit that was just applied as ``state`` said."""
         return
 
+    def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
+        """Whether the stock tensors alone now compute what the site computes, as after a merge.
+
+        What was inserted adds nothing then, and belongs to no other stock tensors.
+        """
+        return False
+
     @abstractmethod
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take one applied edit back, bit for bit."""
+
+
+def passes_of(operation: Operation) -> dict[str, Pass]:
+    """Rule id → the pass with the options it was applied with, of the rules that did something."""
+    did = {edit.rule for edit in operation.edits}
+    rules = Recipe.parse(operation.recipe).rules
+    return {rule.id: cast("Pass", rule.options) for rule in rules if rule.id in did}

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -153,7 +152,7 @@ class LowRank(Pass):
                     f"{place.path} no longer has its adapter {self.adapter!r}",
                     hint="it was removed by other means than surgery.undo",
                 )
-            if bank.merged is not None and not bank.copied:
+            if bank.merged and not bank.copied:
                 raise ModelStateError(
                     f"adapters were merged into {_join(place.path, place.parameter)} without "
                     "keeping a copy, so it cannot be put back bit for bit",
@@ -207,14 +206,21 @@ class LowRank(Pass):
             detach(module, place)
 
     def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any]:
-        """The adapter's share in what is active and in what is merged."""
+        """The adapter's share in what is active, and in what is merged if anything is."""
         place = _places(edit)[0]
         bank = cast("Bank", bank_of(context.module(model, place.path), place.parameter))
         return {
             "active": dict(bank.active).get(self.adapter),
-            "merged": dict(bank.merged or ()).get(self.adapter),
+            "merged": bank.merged is not None,
+            "share": dict(bank.merged or ()).get(self.adapter),
             "copied": bank.copied,
         }
+
+    def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
+        """Whether adapters are merged into the weight: the host adds nothing then."""
+        place = _places(edit)[0]
+        bank = cast("Bank", bank_of(context.module(model, place.path), place.parameter))
+        return bank.merged is not None
 
     def resume(
         self, model: nn.Module, edit: Edit, state: Mapping[str, Any], context: ApplyContext
@@ -225,8 +231,9 @@ class LowRank(Pass):
         bank.active = tuple(pair for pair in bank.active if pair[0] != self.adapter)
         if state["active"] is not None:
             bank.active = (*bank.active, (self.adapter, state["active"]))
-        if state["merged"] is not None:
-            bank.merged = (*(bank.merged or ()), (self.adapter, state["merged"]))
+        if state["merged"]:
+            added = () if state["share"] is None else ((self.adapter, state["share"]),)
+            bank.merged = (*(bank.merged or ()), *added)
         bank.copied = state["copied"]
 
     def _edit(self, site: Site, uses: tuple[Use, ...], context: PlanContext) -> Edit:
@@ -256,7 +263,7 @@ class LowRank(Pass):
                 "places": [
                     [use.path, use.hosting.parameter, use.hosting.host, use.bare] for use in uses
                 ],
-                "matrix": asdict(hosting.matrix),
+                "matrix": _matrix_data(hosting.matrix),
                 "dtype": dtype,
                 "slices": {name: [list(pair) for pair in pairs] for name, pairs in slices.items()},
             },
@@ -404,6 +411,16 @@ def _ranges(features: tuple[int, int] | list[int]) -> Ranges:
 
 def _places(edit: Edit) -> list[Place]:
     return [Place(*each) for each in edit.payload["places"]]
+
+
+def _matrix_data(matrix: Matrix) -> dict[str, Any]:
+    return {
+        "shape": list(matrix.shape),
+        "stack": list(matrix.stack),
+        "rows": matrix.rows,
+        "columns": matrix.columns,
+        "transposed": matrix.transposed,
+    }
 
 
 def _matrix_of(edit: Edit) -> Matrix:

@@ -77,7 +77,8 @@ class Bank(nn.Module):
 
     Attributes:
         active: What counts in a forward, unless the context says otherwise.
-        merged: What was added into the weight itself; hosts add nothing while it is set.
+        merged: What was added into the weight itself, possibly nothing; hosts add nothing while
+            it is set.
         copied: Whether the edit log has a copy of the weight from before merging.
     """
 

@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` lives; the meta device knows none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def in_dtype_of(x: Tensor, A: Tensor) -> Tensor:
     """``x`` in the dtype of ``A``, unless autocast sees to it."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
+    return x if autocasting(x) else x.to(A.dtype)
 
 
 def add_branch(output: Tensor, branch: Tensor, factor: float) -> Tensor:

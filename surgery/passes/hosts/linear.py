@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from architectures.adapters import Adapter
 from surgery.passes.hosts.bank import Bank, bank_of
-from surgery.passes.hosts.branch import add_branch, add_scaled_branch, in_dtype_of
+from surgery.passes.hosts.branch import add_branch, add_scaled_branch, autocasting, in_dtype_of
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -59,7 +59,7 @@ def _is_simple(adapter: Adapter, layer: nn.Linear, x: Tensor) -> bool:
         and type(weight) in _PLAIN
         and x.is_contiguous()
         and x.dtype == weight.dtype == adapter.factors()[0].dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasting(x)
     )
 
 
@@ -85,7 +85,7 @@ def _kernel_changed(layer: nn.Linear, x: Tensor) -> bool:
         and not weight.requires_grad
         and x.dim() > 2
         and not x.is_contiguous()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasting(x)
     )
 
 

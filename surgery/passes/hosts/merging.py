@@ -42,7 +42,8 @@ def mergeable(module: nn.Module, parameter: str, path: str) -> nn.Parameter:
 @torch.no_grad()
 def merge_into(weight: nn.Parameter, bank: Bank, mix: Mix) -> None:
     """Add a mix of adapters into a weight, rounding once."""
-    weight.copy_(_shifted(weight, bank, mix, 1.0))
+    if mix:
+        weight.copy_(_shifted(weight, bank, mix, 1.0))
     bank.merged = mix
 
 
@@ -51,7 +52,7 @@ def take_out(weight: nn.Parameter, bank: Bank, kept: Tensor | None) -> None:
     """Put the kept weight back, bit for bit; without one subtract what was merged."""
     if kept is not None:
         weight.copy_(kept)
-    elif bank.merged is not None:
+    elif bank.merged:
         weight.copy_(_shifted(weight, bank, bank.merged, -1.0))
     bank.merged, bank.copied = None, False
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from architectures.adapters import Adapter
 from surgery.passes.hosts.bank import Bank, bank_of
+from surgery.passes.hosts.branch import autocasting
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -69,7 +71,7 @@ def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
     It is formed in the wider of the dtypes of weight and factors, also under autocast: what the
     forward then does with it is the forward's business.
     """
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # An inference tensor would lack what the last lines below need.
         with torch.inference_mode(mode=False), torch.no_grad():
             return changed_weight(bank, weight)
@@ -77,13 +79,21 @@ def changed_weight(bank: Bank, weight: Tensor) -> Tensor:
     if not counting:
         return bank.seal(weight, weight)
     folded = bank.matrix.fold(weight)
-    with torch.autocast(weight.device.type, enabled=False):
-        changed = folded
-        for adapter, share in counting:
-            changed = torch.add(changed, adapter.change(folded), alpha=share)
+    if autocasting(weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            changed = _sum(folded, counting)
+    else:
+        changed = _sum(folded, counting)
     changed = bank.matrix.unfold(changed.to(weight.dtype))
     if bank.trained and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Some kernels are chosen by whether the weight requires a gradient, even under no_grad.
         # Detached first: a view requires a gradient only if its base does.
         changed = changed.detach().requires_grad_()
     return bank.seal(changed, weight)
+
+
+def _sum(folded: Tensor, counting: list[tuple[Adapter, float]]) -> Tensor:
+    changed = folded
+    for adapter, share in counting:
+        changed = torch.add(changed, adapter.change(folded), alpha=share)
+    return changed
