@@ -125,8 +125,12 @@ class _WithoutDraws(TorchFunctionMode):
     is not a parameter is drawn as usual: the rejection loop of a truncated normal depends on it.
     """
 
-    _WHOLE = frozenset({nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_})
-    _INNER = frozenset({Tensor.normal_, Tensor.uniform_})
+    # Compared by name: transformers puts wrappers of its own in the place of torch.nn.init's.
+    _DRAWS = frozenset({"normal_", "uniform_", "kaiming_uniform_"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._filled: dict[int, Tensor] = {}
 
     def __torch_function__(
         self,
@@ -136,14 +140,21 @@ class _WithoutDraws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if func in self._WHOLE or func in self._INNER:
+        if func.__name__ in self._DRAWS:
             target = args[0] if args else named["tensor"]
             if isinstance(target, nn.Parameter):
                 # The mean of a normal, the lower end of a uniform: what a rejection loop accepts.
-                inner = func in self._INNER and len(args) > 1
-                with torch.no_grad():
-                    return target.fill_(args[1] if inner else 0.0)
+                method = func in (Tensor.normal_, Tensor.uniform_) and len(args) > 1
+                return self._fill(target, args[1] if method else 0.0)
         return func(*args, **named)
+
+    def _fill(self, parameter: nn.Parameter, value: float) -> Tensor:
+        # Layers fill their parameters, and then the model fills them again: once is enough.
+        if value or id(parameter) not in self._filled:
+            self._filled[id(parameter)] = parameter
+            with torch.no_grad():
+                parameter.fill_(value)
+        return parameter
 
 
 def _described(model: nn.Module) -> dict[str, Any]:
