@@ -327,7 +327,7 @@ def session(
     current = Session(as_json=as_json, quiet=quiet, debug=debug)
     try:
         yield current
-    except (typer.Exit, typer.BadParameter):
+    except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the outermost frame: told, and turned into the exit code
         raise typer.Exit(current.failed(error)) from None

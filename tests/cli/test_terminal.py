@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -24,6 +26,14 @@ def test_every_error_class_has_its_own_exit_code():
     codes = [each.exit_code for each in ERRORS if each is not errors.SurgeryError]
     assert len(codes) >= 9
     assert len({*codes, 0, FAILED, USAGE, INTERNAL, INTERRUPTED}) == len(codes) + 5
+
+
+def test_the_documented_exit_codes_are_the_real_ones(root: Path):
+    page = (root / "docs" / "cli.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| (\d+) \| ?(SRG-\w+)? \|", page, flags=re.MULTILINE))
+    named = {str(kind.exit_code): kind.code for kind in ERRORS if kind is not errors.SurgeryError}
+    others = (0, FAILED, USAGE, INTERNAL, INTERRUPTED)
+    assert documented == {**named, **{str(code): "" for code in others}}
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
