@@ -128,7 +128,10 @@ class Plan:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("rule", "site", "edit", "new parameters", "contract", title=self._title())
+        table = Table(title=self._title())
+        # A site's name is folded, never cut: it is what a rule has to say.
+        for name in ("rule", "site", "edit", "new", "contract"):
+            table.add_column(name, overflow="fold", min_width=32 if name == "site" else None)
         for rows in _rows(self.edits, full=full):
             edit = rows[0]
             added = sum(spec.numel for row in rows for spec in row.adds.values())
