@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 RANK, ALPHA = 2, 3.0
-# Of each library the families that differ in how their weights are used; the coverage sweep has all.
+# Of each library the families that differ in how their weights are used.
 MODELS = [
     "llama",
     "gemma3_text",
@@ -61,6 +61,10 @@ def run(model: nn.Module, example: Example) -> list[Tensor]:
     return [leaf for leaf in leaves(output) if leaf.is_floating_point()]
 
 
+def same(ones: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
 def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Example]:
     model, example = zoo.build(name)
     return model.to(dtype), example.to(dtype=dtype)
@@ -92,11 +96,11 @@ def test_whole_model(name: str) -> None:
     # grouped_mm, which the experts' stock forward calls, knows no float64.
     dtype, tolerance = (torch.float32, 1e-4) if name in MOE else (torch.float64, 1e-10)
     model, example = build(name, dtype)
-    stock = copy.deepcopy(model)
+    stock = copy.deepcopy(model).requires_grad_(True)
     before = run(model, example)
     plan = surgery.plan(model, Rule(LowRank(rank=RANK, alpha=ALPHA)))
     plan.apply()
-    assert all(map(torch.equal, run(model, example), before, strict=True))
+    assert same(run(model, example), before)
 
     randomise(model)
     write_by_hand(stock, model, plan)
@@ -114,7 +118,7 @@ def test_whole_model(name: str) -> None:
             assert (model.get_parameter(added).grad is not None) == (weight in reached), added
 
     surgery.undo(model)
-    assert all(map(torch.equal, run(model, example), before, strict=True))
+    assert same(run(model, example), before)
     assert list(model.state_dict()) == list(stock.state_dict())
 
 
@@ -130,7 +134,7 @@ def test_half_precision_models_are_exact_in_both_modes(name: str, dtype: torch.d
     before = [outputs(training) for training in (True, False)]
     surgery.apply(model, Rule(LowRank(rank=RANK)))
     for training, expected in zip((True, False), before, strict=True):
-        assert all(map(torch.equal, outputs(training), expected, strict=True))
+        assert same(outputs(training), expected)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -144,7 +148,7 @@ def test_experts_in_every_implementation(name: str, implementation: str) -> None
     plan = surgery.plan(model, rule)
     assert {len(spec.shape) for edit in plan.edits for spec in edit.adds.values()} == {3}
     plan.apply()
-    assert all(map(torch.equal, run(model, example), before, strict=True))
+    assert same(run(model, example), before)
     randomise(model)
     write_by_hand(stock, model, plan)
     for one, other in zip(run(model, example), run(stock, example), strict=True):
@@ -214,7 +218,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         torch.testing.assert_close(checkpointed[name_], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "timm_vit", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["timm_vit", "qwen3_moe"])
 def test_compiles_whole(name: str) -> None:
     model, example = build(name, torch.float32)
     if hasattr(model, "config"):
@@ -247,6 +251,7 @@ def test_layers_share_one_compilation() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.down(torch.relu(self.up(x)))
 
+    @torch.no_grad()
     def graphs(rules: list[Rule]) -> int:
         model = nn.Sequential(*(Block() for _ in range(12)))
         if rules:
