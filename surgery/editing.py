@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import cast
 
 from torch import nn
 
 from surgery.errors import ModelStateError
-from surgery.passes.base import ApplyContext, Pass
+from surgery.passes.base import ApplyContext, Pass, passes_of
 from surgery.record import Edit, Operation, Record, record_of, set_record
-from surgery.rules import Recipe
+from surgery.save_guard import check_unguardable, guard
 from surgery.tree import named_parameters
 
 # Forwards may run while a model is rewritten; two rewrites may not.
@@ -35,12 +34,14 @@ def carry_out(model: nn.Module, operation: Operation, passes: Mapping[str, Pass]
                 passes[edit.rule].apply(model, edit, context)
                 takebacks.append(_takeback(passes[edit.rule], model, edit, context))
             _freeze(model, operation, passes, takebacks)
+            earlier = record_of(model) or Record()
+            takebacks.append(lambda: guard(model, earlier.edits))
+            guard(model, [*earlier.edits, *operation.edits])
         except BaseException:
             for take_back in reversed(takebacks):
                 take_back()
             raise
-        record = record_of(model) or Record()
-        set_record(model, Record([*record.operations, operation]))
+        set_record(model, Record([*earlier.operations, operation]))
 
 
 def repeat(model: nn.Module, record: Record) -> None:
@@ -107,9 +108,12 @@ def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
         going = list(reversed(record.operations))[:count]
         for operation in going:
             _check_revertible(model, operation)
+        check_unguardable(model)
         for operation in going:
             _revert(model, operation)
-            set_record(model, Record(record.operations[: record.operations.index(operation)]))
+            left = Record(record.operations[: record.operations.index(operation)])
+            set_record(model, left)
+            guard(model, left.edits)
         return model
 
 
@@ -134,13 +138,6 @@ def _revert(model: nn.Module, operation: Operation) -> None:
     parameters = dict(named_parameters(model))
     for name in operation.frozen:
         parameters[name].requires_grad_(True)
-
-
-def passes_of(operation: Operation) -> dict[str, Pass]:
-    """Rule id → the pass with the options it was applied with, of the rules that did something."""
-    did = {edit.rule for edit in operation.edits}
-    rules = Recipe.parse(operation.recipe).rules
-    return {rule.id: cast("Pass", rule.options) for rule in rules if rule.id in did}
 
 
 def _takeback(

@@ -25,6 +25,7 @@ from surgery.editing import note_state
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, record_of
 from surgery.rules import Recipe
+from surgery.save_guard import not_baked
 from surgery.sources import describe
 from surgery.tree import named_modules, named_parameters
 from surgery.version import __version__
@@ -162,11 +163,23 @@ def _adapter(model: nn.Module, record: Record) -> _Content:
             "what it inserted is of no use beside the original weights",
             hint="save the whole model, or apply with keep_base: memory",
         )
+    _refuse_baked(model, record)
     found = take(model)
     inserted = inserted_names(record)
     state = {name: tensor for name, tensor in found.state.items() if name in inserted}
     stock = base_weights.digests(stock_tensors(found, record))
     return _Content("adapter", state, base=stock)
+
+
+def _refuse_baked(model: nn.Module, record: Record) -> None:
+    apart = not_baked(model, record)
+    baked = next((edit for edit in record.edits if edit not in apart), None)
+    if baked is not None:
+        raise CheckpointError(
+            f"what was inserted at {baked.site} is merged into the stock weight, so it cannot be "
+            "saved without it",
+            hint="call surgery.adapters.unmerge(model) first, or save the whole model",
+        )
 
 
 def inserted_names(record: Record) -> set[str]:

@@ -93,7 +93,7 @@ def test_the_folder(tmp_path: FilePath) -> None:
     assert data["format"] == 1
     assert {"surgery", "torch", "transformers"} == set(data["versions"])
     assert data["source"]["class"] == "transformers.models.bert.modeling_bert.BertModel"
-    assert data["record"]["operations"][0]["edits"][0]["site"].endswith("query")
+    assert data["record"]["operations"][0]["edits"][0]["summary"].startswith("lora r=2")
     recipe = surgery.Recipe.load(written / "recipe.yaml")
     assert recipe.rules[0].options == LowRank(rank=2)
     # Any safetensors reader can open the weights.
