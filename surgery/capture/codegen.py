@@ -9,6 +9,7 @@ or autocast is put into ``with`` blocks again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from surgery.capture import analysis
+from surgery.capture import analysis, private
 from surgery.capture import signature as sig
-from surgery.capture.contexts import Change
+from surgery.capture.contexts import Change, Checkpointed
 from surgery.capture.expressions import MODULES, Expressions
 from surgery.capture.guards import Guard, assign, expect
 from surgery.capture.signs import PREFIXES, SIGNS
@@ -98,6 +99,7 @@ class _Statement:
     text: str
     target: str
     context: tuple[Change, ...]
+    checkpoint: Checkpointed | None = None
     comment: str = ""
 
     def line(self) -> str:
@@ -120,7 +122,9 @@ class _Writer:
         self._inline = analysis.inlined(self._nodes)
         self._used = analysis.used(self._nodes, self._upfront)
         self._guards: list[Guard] = []
-        self._say = Expressions(root, constants, self._inline, frozenset({"Tensor", "Miss"}))
+        self._say = Expressions(
+            root, constants, self._inline, frozenset({"Tensor", "Miss", "checkpoint"})
+        )
         self._say.names.update(Tensor=torch.Tensor, Miss=Miss)
 
     def code(self) -> Code:
@@ -222,20 +226,53 @@ class _Writer:
     def _body(self) -> Iterator[str]:
         statements = self._nested([made for node in self._nodes for made in self._statements(node)])
         dead = self._dead(statements)
-        context: tuple[Change, ...] = ()
-        for position, statement in enumerate(statements):
-            if statement.context != context and statement.context:
-                yield f"with {', '.join(map(str, statement.context))}:"
-            context = statement.context
-            indent = _INDENT if context else ""
-            yield indent + statement.line()
-            if dead[position]:
-                yield f"{indent}del {', '.join(dead[position])}"
+        start = 0
+        for checkpoint, group in itertools.groupby(statements, lambda made: made.checkpoint):
+            end = start + len(list(group))
+            if checkpoint is None:
+                yield from _lines(statements[start:end], dead[start:end])
+            else:
+                yield from self._checkpointed(checkpoint, statements, dead, start, end)
+            start = end
+
+    def _checkpointed(
+        self,
+        checkpoint: Checkpointed,
+        statements: list[_Statement],
+        dead: list[list[str]],
+        start: int,
+        end: int,
+    ) -> Iterator[str]:
+        """What ran under ``torch.utils.checkpoint``, as a function of its own that does again."""
+        inside, after = statements[start:end], statements[end:]
+        made = {statement.target for statement in inside if statement.target.isidentifier()}
+        known = {*map(self._say.variable, self._inputs), *(s.target for s in statements[:start])}
+        given = sorted(known & _words(inside))
+        results = sorted(made & _words(after))
+        gone = [[name for name in names if name in made] for names in dead[start:end]]
+        name = f"checkpointed_{checkpoint.region}"
+        yield f"def {name}({', '.join(given)}):"
+        yield from (_INDENT + line for line in _lines(inside, gone))
+        yield f"{_INDENT}return {', '.join(results)}" if results else f"{_INDENT}return None"
+        self._say.names["checkpoint"] = private.CHECKPOINT
+        options = (
+            f"use_reentrant={checkpoint.use_reentrant}, "
+            f"preserve_rng_state={checkpoint.preserve_rng_state}"
+        )
+        call = f"checkpoint({', '.join([name, *given, options])})"
+        yield f"{', '.join(results)} = {call}" if results else call
+        freed = sorted({name for names in dead[start:end] for name in names} - made)
+        if freed:
+            yield f"del {', '.join(freed)}"
 
     def _statements(self, node: fx.Node) -> Iterator[_Statement]:
         if node.op == "placeholder" or node in self._inline or node not in self._used:
             return
-        context = cast("tuple[Change, ...]", node.meta.get("context", ()))
+        for statement in self._made(node, cast("tuple[Change, ...]", node.meta.get("context", ()))):
+            statement.checkpoint = node.meta.get("checkpoint")
+            yield statement
+
+    def _made(self, node: fx.Node, context: tuple[Change, ...]) -> Iterator[_Statement]:
         if node.op == "output":
             yield _Statement(node, f"return {self._say.write(node.args[0])}", "", ())
         elif node.target is expect:
@@ -264,7 +301,7 @@ class _Writer:
         text = f"if {self._fails(node)}: raise Miss({len(self._guards)}, locals())"
         self._guards.append(guard)
         comment = f"  # {PurePath(guard.file).name}:{guard.line}"
-        return _Statement(node, text, "", context, comment)
+        return _Statement(node, text, "", context, comment=comment)
 
     def _nested(self, statements: list[_Statement]) -> list[_Statement]:
         """Put a value that only the next statement uses into that statement.
@@ -290,7 +327,8 @@ class _Writer:
         """Where in ``outer`` the value of ``inner`` can be written out; None if it cannot."""
         node = inner.node
         alone = inner.target and node.target is not assign and not node.meta.get("mutates")
-        if not alone or inner.context != outer.context or outer.node.target is expect:
+        together = inner.context == outer.context and inner.checkpoint == outer.checkpoint
+        if not alone or not together or outer.node.target is expect:
             return None
         if len(inner.text) + len(outer.text) > _WIDTH or re.search("[\"'#]", outer.text):
             return None
@@ -318,12 +356,34 @@ class _Writer:
         seen: set[str] = set()
         for position in range(len(statements) - 1, -1, -1):
             statement = statements[position]
-            words = {statement.target, *re.findall(r"(?<![\w.])[A-Za-z_]\w*", statement.text)}
+            words = {statement.target, *_words([statement])}
             last = sorted((words & targets) - seen)
             seen.update(last)
             if position < len(statements) - 2:  # what the return does not need dies with it
                 dead[position] = last
         return dead
+
+
+def _lines(statements: list[_Statement], dead: list[list[str]]) -> Iterator[str]:
+    """The text of statements, in the ``with`` blocks they ran in."""
+    context: tuple[Change, ...] = ()
+    for statement, names in zip(statements, dead, strict=True):
+        if statement.context != context and statement.context:
+            yield f"with {', '.join(map(str, statement.context))}:"
+        context = statement.context
+        indent = _INDENT if context else ""
+        yield indent + statement.line()
+        if names:
+            yield f"{indent}del {', '.join(names)}"
+
+
+def _words(statements: list[_Statement]) -> set[str]:
+    """The names that statements read."""
+    return {
+        word
+        for statement in statements
+        for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*", statement.text)
+    }
 
 
 def _stands_alone(text: str, place: int, inner: _Statement) -> bool:

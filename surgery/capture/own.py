@@ -48,19 +48,21 @@ class Capture:
     constants: Mapping[str, torch.Tensor]
     code: Code
     inline: tuple[str, ...]
+    _accepts: Callable[..., bool] = dataclasses.field(init=False, repr=False, compare=False)
+    _run: Callable[..., Any] = dataclasses.field(init=False, repr=False, compare=False)
+    _bind: Callable[..., tuple[Any, ...]] = dataclasses.field(init=False, repr=False, compare=False)
 
     @property
     def source(self) -> str:
         """The generated Python."""
         return self.code.source
 
-    @functools.cached_property
-    def _functions(self) -> tuple[Callable[..., bool], Callable[..., Any]]:
-        return compiled(self.code.source, tuple(self.code.names.items()))
-
-    @functools.cached_property
-    def _bind(self) -> Callable[..., tuple[Any, ...]]:
-        return sig.binder(self.signature.parameters)
+    def __post_init__(self) -> None:
+        # Now rather than at the first call, which may be under torch.compile.
+        accepts, run = compiled(self.code.source, tuple(self.code.names.items()))
+        object.__setattr__(self, "_accepts", accepts)
+        object.__setattr__(self, "_run", run)
+        object.__setattr__(self, "_bind", sig.binder(self.signature.parameters))
 
     def rewritten(self, graph: fx.Graph, root: nn.Module) -> Capture:
         """The same capture with another graph, such as one with its residuals rewired.
@@ -82,7 +84,7 @@ class Capture:
 
     def accepts_values(self, module: nn.Module, values: tuple[Any, ...]) -> bool:
         """The same for arguments that are bound already."""
-        return self._functions[0](module, *values)
+        return self._accepts(module, *values)
 
     def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
         """Run the generated forward on bound arguments that it accepts.
@@ -90,7 +92,7 @@ class Capture:
         Raises:
             Miss: a guard on the way did not hold.
         """
-        return self._functions[1](module, *values)
+        return self._run(module, *values)
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the captured forward with ``module`` as ``self``.

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -20,6 +22,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 __all__ = [
+    "CHECKPOINT",
+    "CHECKPOINT_CODE",
     "CONVOLUTION",
     "COPY_TENSOR",
     "NEEDS_DATA",
@@ -29,6 +33,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "call_inner",
+    "graph_break",
     "intercept_calls",
     "is_operator",
     "is_real",
@@ -48,6 +53,8 @@ NEEDS_DATA: tuple[type[Exception], ...] = (
     UnsupportedOperatorException,
 )
 NORM_BASE: type[nn.Module] = nn.modules.batchnorm._NormBase
+CHECKPOINT: Callable[..., Any] = torch.utils.checkpoint.checkpoint
+CHECKPOINT_CODE: types.CodeType = torch.utils.checkpoint._checkpoint_impl.__code__
 CONVOLUTION: type[nn.Module] = nn.modules.conv._ConvNd
 RECURRENT: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)
 COPY_TENSOR: Any = torch.Tensor.__deepcopy__
@@ -124,6 +131,11 @@ def writes_arguments(func: Any) -> bool:
 def is_real(tensor: torch.Tensor) -> bool:
     """True for a tensor with contents."""
     return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
+def graph_break(message: str) -> None:
+    """End what torch.compile is compiling; an error with this message under ``fullgraph``."""
+    torch._dynamo.graph_break(message)
 
 
 @contextlib.contextmanager

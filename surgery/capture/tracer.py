@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.capture import ops, private, queries
 from surgery.capture.clone import Clones
-from surgery.capture.contexts import Ambient
+from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
 from surgery.capture.objects import ObjectProxy, is_object, node_of, shadow_of
@@ -85,6 +85,7 @@ class Tracer:
         self._is_leaf = is_leaf
         self._fake = private.FakeTensorMode(allow_non_fake_inputs=True)
         self._ambient = Ambient.now()
+        self._checkpoints = Checkpoints()
         self._owners: list[str] = []
         self._paused = False
         self._examples: dict[str, Any] = {}
@@ -118,11 +119,13 @@ class Tracer:
     @contextlib.contextmanager
     def recording(self) -> Generator[None]:
         """Torch calls made inside are recorded."""
+        self._checkpoints = Checkpoints()
         try:
             with torch.enable_grad(), _Recorder(self):
                 yield
         finally:
             self.open = False
+            self._checkpoints.forget()
 
     @contextlib.contextmanager
     def _pause(self) -> Generator[None]:
@@ -201,11 +204,19 @@ class Tracer:
         name = getattr(func, "__name__", "")
         if ops.is_method(func) and name in queries.METHODS:
             return queries.METHODS[name](self, func, args, kwargs)
-        if func is private.SET_GRAD_ENABLED or func is torch.device:
+        if func is private.SET_GRAD_ENABLED:
+            return self._set_grad_enabled(args[0])
+        if func is torch.device:
             return func(*args, **kwargs)
         if func is nn.functional.multi_head_attention_forward:
             return self._inline(func, args, kwargs)
         return self.record(func, args, kwargs)
+
+    def _set_grad_enabled(self, enabled: bool) -> None:
+        # A re-entrant checkpoint begins by switching gradients off, and will again when the
+        # generated code calls it: that is not part of what it runs.
+        own = self.options.replayable and self._checkpoints.entering()
+        private.SET_GRAD_ENABLED(enabled or own)
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Write a torch call into the graph and give back proxies for its results."""
@@ -505,6 +516,7 @@ class Tracer:
         node.meta["where"] = user_line()
         if self.options.replayable:
             node.meta["context"] = self._ambient.changes()
+            node.meta["checkpoint"] = self._checkpoints.running()
 
     def _annotate(self, node: fx.Node, value: Any) -> None:
         self._place(node)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.capture.own import Capture, capture
+from surgery.capture import private
 from surgery.capture.codegen import Miss
 from surgery.capture.guards import Guard
+from surgery.capture.own import Capture, capture
 from surgery.capture.replay import Replay
 from surgery.errors import CaptureError
 
@@ -113,13 +114,13 @@ class Forward:
         guard: Guard | None = None,
     ) -> Capture:
         """A new variant for this call."""
-        why = str(guard) if guard is not None else self._why_not(module, args, kwargs)
         first = self.variants[0]
-        if torch.compiler.is_compiling():
-            raise CaptureError(
-                f"{first.kind}: {why}; a forward cannot be captured while compiling or exporting",
-                hint=_HINT,
-            )
+        if torch.compiler.is_dynamo_compiling():
+            # An error with this text under fullgraph; elsewhere the call goes on uncompiled.
+            private.graph_break(f"{first.kind}: {_NOT_NOW}: {_HINT}")
+        elif torch.compiler.is_compiling():
+            raise CaptureError(f"{first.kind}: {_NOT_NOW}", hint=_HINT)
+        why = str(guard) if guard is not None else self._why_not(module, args, kwargs)
         with self._lock:
             if len(self.variants) >= self._limit:
                 raise CaptureError(f"{first.kind}: {len(self.variants)} variants already; {why}")
@@ -132,6 +133,7 @@ class Forward:
         return last.why_not(module, last.bind(*args, **kwargs))
 
 
+_NOT_NOW = "no captured variant fits this call, and none can be captured while compiling"
 _HINT = "run the model once on such an input beforehand, outside torch.compile and torch.export"
 
 
