@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
 from torch import nn
 
 from surgery.errors import ModelStateError
@@ -35,6 +36,7 @@ from surgery.passes.hosts import (
     overrides,
     take_out,
 )
+from surgery.passes.hosts import bank as hosts
 from surgery.record import Operation, Record, record_of
 from surgery.registry import suggest
 from surgery.tree import children, named_modules
@@ -123,9 +125,17 @@ def using(model: nn.Module, choice: Choice) -> Generator[None]:
     chosen = dict.fromkeys((bank.family.number for bank in banks), override)
     token = overrides.set({**(overrides.get() or {}), **chosen})
     try:
-        yield
+        with _followed_by_compiled_code():
+            yield
     finally:
         overrides.reset(token)
+
+
+def _followed_by_compiled_code() -> AbstractContextManager[object]:
+    """Run compiled models uncompiled where torch would not notice the context."""
+    if hosts.COMPILER_SEES_CONTEXT:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import surgery
 from surgery import LowRank, Path, Rule, adapters
 from surgery.errors import ModelStateError
+from surgery.passes.hosts import bank as hosts
 from surgery.passes.hosts import bank_of
 
 
@@ -403,8 +404,11 @@ def test_reentrant_checkpointing_refuses_a_context() -> None:
 # Compiled.
 
 
-def test_compiled_model_follows_every_switch() -> None:
+@pytest.mark.parametrize("sees", [True, False], ids=["sees context", "as before 2.15"])
+def test_compiled_model_follows_every_switch(sees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "COMPILER_SEES_CONTEXT", sees)
     net = adapted()
+    torch._dynamo.reset()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     check(compiled(X), net, {"a": 1, "b": 1})
     with adapters.using(net, {"a": 0.5, "c": 2.0}):

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from architectures.adapters import Adapter, Matrix
 from surgery.errors import ModelStateError
@@ -45,8 +46,11 @@ class Override(NamedTuple):
         return cls(mix, zlib.crc32(repr(mix).encode()) >> 1)
 
 
+#: Whether the compiler sees a context variable that is read in a forward, and guards its value.
+COMPILER_SEES_CONTEXT: bool = TorchVersion(torch.__version__) >= "2.15"
+
 # Family number → override, for this context (thread or task). It is read in the forward itself,
-# so that torch.compile guards what it read.
+# so that compiled code follows it as well.
 overrides: ContextVar[Mapping[int, Override] | None] = ContextVar("surgery_adapters", default=None)
 
 
@@ -153,6 +157,8 @@ class Bank(nn.Module):
         return result
 
     def _override(self) -> Override | None:
+        if not COMPILER_SEES_CONTEXT and torch.compiler.is_compiling():
+            return None  # an override then runs without the compiler: surgery.adapters.using
         context = overrides.get()
         return None if context is None else context.get(self.family.number)
 

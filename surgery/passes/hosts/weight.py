@@ -28,6 +28,9 @@ _Formed = dict[tuple[int, str, bool], Tensor]
 _formed: ContextVar[_Formed | None] = ContextVar("surgery_formed_weights", default=None)
 
 
+_PLAIN = (nn.Parameter, Tensor)
+
+
 class WeightHost(_Module):
     """A module of which one or more parameters carry adapters.
 
@@ -52,7 +55,16 @@ class WeightHost(_Module):
         if name not in self.__dict__["_parameters"] or value is None or value.dim() < 2:
             return value
         bank = bank_of(self, name)
-        return value if bank is None else _formed_once(self, name, bank, value)
+        if bank is None or (type(value) not in _PLAIN and not _computing()):
+            # What became a shard since is only looked at by whoever shards it, until it is whole
+            # again for the forward.
+            return value
+        return _formed_once(self, name, bank, value)
+
+
+def _computing() -> bool:
+    """Whether the forward of some host runs in this thread."""
+    return torch.compiler.is_compiling() or _formed.get() is not None
 
 
 def _formed_once(module: nn.Module, name: str, bank: Bank, weight: Tensor) -> Tensor:
