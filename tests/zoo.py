@@ -127,38 +127,38 @@ def _bert() -> Entry:
 def _deberta() -> Entry:
     from transformers import DebertaV2Config, DebertaV2Model
 
-    config = DebertaV2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        position_biased_input=False,
-        type_vocab_size=0,
-    )
-    return DebertaV2Model(config), _text()
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    }
+    return DebertaV2Model(DebertaV2Config(**fields)), _text()
 
 
 def _t5() -> Entry:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=3,
-        num_decoder_layers=3,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 3,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+    }
     example = Example(
         (),
         {
@@ -167,7 +167,7 @@ def _t5() -> Entry:
             "decoder_input_ids": _ids(length=8, seed=8),
         },
     )
-    return T5ForConditionalGeneration(config), example
+    return T5ForConditionalGeneration(T5Config(**fields)), example
 
 
 def _vit() -> Entry:
@@ -351,18 +351,18 @@ def _flux() -> Entry:
 def _autoencoder() -> Entry:
     from diffusers import AutoencoderKL
 
-    model = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-    )
-    return model, Example((), {"sample": _randn(2, 3, 16, 16)})
+    fields: dict[str, Any] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**fields), Example((), {"sample": _randn(2, 3, 16, 16)})
 
 
 def _timm(architecture: str, size: int, **arguments: Any) -> Callable[[], Entry]:

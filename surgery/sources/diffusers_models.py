@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, cast
@@ -119,7 +120,7 @@ def _resolve(name: str, where: str) -> Any:
 
 
 def _models_like(name: str) -> list[str]:
-    close = [known for known in names() if suggest(name, [known]).startswith("did you mean")]
+    close = difflib.get_close_matches(name, names(), cutoff=0.6)
     return close or ["UNet2DConditionModel", "DiTTransformer2DModel", "AutoencoderKL", "..."]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,8 +97,6 @@ def _unknown(text: str) -> SourceError:
 
 def near_specs(text: str) -> list[str]:
     """Specs that resemble a name given without a scheme, at most one or two of each library."""
-    import difflib
-
     from surgery.sources import diffusers_models, libraries, timm_models, transformers_models
 
     found: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -227,7 +228,7 @@ def _check_name(name: str) -> None:
 def _short(bare: str) -> list[str]:
     """The names to suggest from: those that share a beginning, so that a list stays readable."""
     family = [name for name in names() if name[:3] == bare[:3]]
-    close = [name for name in names() if suggest(bare, [name]).startswith("did you mean")]
+    close = difflib.get_close_matches(bare, names(), cutoff=0.6)
     return close or family or ["see timm.list_models()"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -39,7 +40,8 @@ def build(name: str, request: Request) -> nn.Module:
             f"transformers:{name} is an architecture; transformers ties no weights to it",
             hint="load the weights with hub:ORG/NAME or from a folder",
         )
-    config = _configure(config_class, _merged({}, request.config, config_class), request.config)
+    merged = _merged({}, request.config, config_class)
+    config = _configure(config_class, model_class, merged, request.config)
     return _construct(model_class, config, request)
 
 
@@ -55,7 +57,7 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     config_class = _config_class(raw, store.label)
     merged = _merged(_decoded(store), request.config, config_class)
     model_class = _saved_class(merged, config_class, store.label)
-    config = _configure(config_class, merged, request.config)
+    config = _configure(config_class, model_class, merged, request.config)
     if not request.pretrained or request.device.type == "meta":
         return _construct(model_class, config, request), []
     files = weights.find(
@@ -257,22 +259,26 @@ def _sub_config_class(spec: Any, given: Mapping[str, Any], defaults: Mapping[str
     return top.CONFIG_MAPPING[model_type]
 
 
-def _configure(config_class: Any, merged: dict[str, Any], overrides: Mapping[str, Any]) -> Any:
-    _check_names(config_class, overrides, "config")
+def _configure(
+    config_class: Any, model_class: Any, merged: dict[str, Any], overrides: Mapping[str, Any]
+) -> Any:
+    _check_names(config_class, model_class, overrides, "config")
     strict_error = require("huggingface_hub.errors").StrictDataclassError
     try:
         config = config_class.from_dict(dict(merged))
     except (*BUILD_ERRORS, strict_error) as error:
         raise SourceError(f"{config_class.__name__} refused its values: {error}") from error
-    _check_swallowed(config, overrides, "config")
+    _check_swallowed(config, model_class, overrides)
     return config
 
 
-def _check_names(config_class: Any, overrides: Mapping[str, Any], where: str) -> None:
+def _check_names(
+    config_class: Any, model_class: Any, overrides: Mapping[str, Any], where: str
+) -> None:
     declared = _declared(config_class)
     accepted = declared | _converted(config_class)
     for key, value in overrides.items():
-        if key not in accepted:
+        if key not in accepted and not _reads(model_class, key):
             raise SourceError(
                 f"{where}: {config_class.__name__} has no field {key!r}",
                 hint=suggest(key, declared),
@@ -281,18 +287,28 @@ def _check_names(config_class: Any, overrides: Mapping[str, Any], where: str) ->
         if spec is not None and isinstance(value, Mapping):
             nested = cast("Mapping[str, Any]", value)
             inner = _sub_config_class(spec, nested, spec.init_kwargs)
-            _check_names(inner, nested, f"{where}.{key}")
+            _check_names(inner, model_class, nested, f"{where}.{key}")
 
 
-def _check_swallowed(config: Any, overrides: Mapping[str, Any], where: str) -> None:
-    """The library keeps what it does not know as a stray attribute; that is an unknown key."""
+def _check_swallowed(config: Any, model_class: Any, overrides: Mapping[str, Any]) -> None:
+    """The library keeps what it does not know as an attribute that nothing reads."""
     declared = _declared(type(config))
     for key in overrides:
-        if key in vars(config) and key not in declared:
+        if key in attributes(config) and key not in declared and not _reads(model_class, key):
             raise SourceError(
-                f"{where}: {type(config).__name__} has no field {key!r}",
-                hint=suggest(key, declared),
+                f"config: {type(config).__name__} has no field {key!r}", hint=suggest(key, declared)
             )
+
+
+def _reads(model_class: Any, key: str) -> bool:
+    """Whether the model's code reads a field that its configuration class does not declare.
+
+    DeBERTa-v2 takes ``position_buckets`` so, with ``getattr(config, "position_buckets", -1)``.
+    """
+    module = inspect.getmodule(model_class)
+    source = "" if module is None else inspect.getsource(module)
+    name = re.escape(key)
+    return re.search(rf"\bconfig(\.{name}\b|, [\"']{name}[\"'])", source) is not None
 
 
 def _declared(config_class: Any) -> set[str]:
@@ -336,7 +352,7 @@ def _refuse(raw: Mapping[str, Any], where: str) -> None:
                 hint="load it with transformers itself and pass the module to surgery.plan",
             )
     for key, value in raw.items():
-        if key.endswith("attn_implementation") and "/" in str(value):
+        if key.endswith("_implementation") and "/" in str(value):
             raise SourceError(f"{where}: {key}={value!r} would download code; it is never run")
         if isinstance(value, Mapping) and key.endswith("config"):
             _refuse(cast("Mapping[str, Any]", value), where)

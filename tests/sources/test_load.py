@@ -65,6 +65,14 @@ GOOD: list[tuple[str, dict[str, Any], str, str, object]] = [
         "config._attn_implementation",
         "eager",
     ),
+    (
+        "transformers:deberta-v2",  # the model reads a field its configuration does not declare
+        {"num_hidden_layers": 1, "vocab_size": 96, "relative_attention": True}
+        | {"position_buckets": 8},
+        "DebertaV2Model",
+        "encoder.position_buckets",
+        8,
+    ),
     ("diffusers:UNet2DConditionModel", UNET, "UNet2DConditionModel", "config.norm_num_groups", 8),
 ]
 
