@@ -8,14 +8,29 @@ and what was added to or multiplied with what.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import cast
 
 from torch import fx, nn
 
+from surgery.select.roles.algebra import (
+    add_scores,
+    bend,
+    factors,
+    join,
+    kernel_attention,
+    merge,
+    owner,
+    product,
+    uses_in,
+)
+from surgery.select.roles.evidence import Evidence
 from surgery.select.roles.features import Indices, varies_along
 from surgery.select.roles.ops import (
+    ALIASES,
+    Convolution,
     Kind,
+    Windows,
     argument,
     holds_tensor,
     module_kind,
@@ -45,42 +60,6 @@ from surgery.select.roles.values import (
 _WRITTEN = "written_by"
 
 
-@dataclass
-class Evidence:
-    """What was seen on the way.
-
-    Attributes:
-        uses: Every application of a weight.
-        cores: Every attention.
-        additions: Nodes that add two tensors computed by layers: where residuals are.
-        modulators: Node → uses of weights that scale or shift another tensor there, one value
-            for all its positions.
-        routers: Uses of weights whose choice weighs the outputs of others.
-        positions: Parameter → value it was added to, one entry for each position.
-        shifts: Parameter → uses of weights whose output it was added to.
-        prefixes: Parameters that were put beside a sequence of states.
-        scales: Parameters that multiplied a tensor computed by layers, feature by feature.
-        tables: Parameters added to attention scores.
-        biases: Uses of weights added to attention scores.
-        mixers: Uses of weights applied to attention scores.
-        norms: Parameters that a torch normalisation function was given.
-    """
-
-    uses: list[Use] = field(default_factory=list[Use])
-    cores: list[Core] = field(default_factory=list[Core])
-    additions: list[fx.Node] = field(default_factory=list[fx.Node])
-    modulators: dict[fx.Node, set[int]] = field(default_factory=dict[fx.Node, "set[int]"])
-    routers: set[int] = field(default_factory=set[int])
-    positions: dict[str, list[Value]] = field(default_factory=dict[str, "list[Value]"])
-    shifts: dict[str, set[int]] = field(default_factory=dict[str, "set[int]"])
-    prefixes: set[str] = field(default_factory=set[str])
-    scales: set[str] = field(default_factory=set[str])
-    tables: set[str] = field(default_factory=set[str])
-    biases: set[int] = field(default_factory=set[int])
-    mixers: set[int] = field(default_factory=set[int])
-    norms: set[str] = field(default_factory=set[str])
-
-
 class Dataflow:
     """The values of a trace's nodes and the evidence they give.
 
@@ -104,14 +83,38 @@ class Dataflow:
         self._site_of = site_of
         self._values: dict[fx.Node, Value] = {}
         self._inputs: dict[fx.Node, int] = {}
+        self._into: dict[fx.Node, list[fx.Node]] = {}
         self._fresh: dict[fx.Node, int] = {}
         self._placeholders = 0
+        self._handlers: dict[Kind, Callable[[fx.Node], Value]] = {
+            Kind.VIEW: self._view,
+            Kind.JOIN: self._join_op,
+            Kind.ADD: self._add,
+            Kind.MULTIPLY: self._multiply,
+            Kind.BEND: self._bend_op,
+            Kind.GLU: self._glu,
+            Kind.SOFTMAX: self._softmax,
+            Kind.PICK: self._pick,
+            Kind.GATHER: self._gather,
+            Kind.ATTEND: self._attend,
+            Kind.MATMUL: self._matmul,
+            Kind.EINSUM: self._einsum,
+            Kind.LINEAR: self._linear,
+            Kind.CONVOLVE: self._convolve,
+            Kind.LOOKUP: self._lookup,
+            Kind.NORMALISE: self._normalise,
+            Kind.MAKE: self._make,
+            Kind.PASS: self._pass,
+        }
         self.order: dict[fx.Node, int] = {}
         for at, node in enumerate(graph.nodes):
             self.order[node] = at
-            if node.op != "output" and holds_tensor(node.meta.get("val")):
+            writes = bool(node.meta.get("mutates"))
+            if node.op != "output" and (writes or holds_tensor(node.meta.get("val"))):
                 self._inputs[node] = self._reach(node)
                 self._values[node] = self._visit(node)
+            if writes:
+                self._note_write(node)
 
     def value(self, node: fx.Node) -> Value:
         """What a node's tensor was made of."""
@@ -160,17 +163,26 @@ class Dataflow:
             return Fixed((name,) if name in self._parameters else ())
         if node.op == "call_module":
             return self._module(node)
-        return _HANDLERS[op_kind(node)](self, node)
+        return self._handlers[op_kind(node)](node)
 
     def _read(self, node: fx.Node, reader: fx.Node) -> Value:
         """The value of an operand, with what was written into its memory before it is read."""
         written = [self._values[w] for w in self._writes(node, reader) if w in self._values]
-        return self._values[node] if not written else _join([self._values[node], *written])
+        return self._values[node] if not written else join([self._values[node], *written])
 
     def _writes(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
-        writes = cast("Iterable[fx.Node]", node.meta.get(_WRITTEN, ()))
+        noted = cast("Iterable[fx.Node]", node.meta.get(_WRITTEN, ()))
+        writes = dict.fromkeys((*noted, *self._into.get(node, ())))
         before, after = self.order[reader], self.order[node]
         return [w for w in writes if w in self.order and after < self.order[w] < before]
+
+    def _note_write(self, write: fx.Node) -> None:
+        """Remember a write with what it writes to and with all that this is a view of."""
+        read = operands(write)
+        while read:
+            target = read[0]
+            self._into.setdefault(target, []).append(write)
+            read = operands(target) if op_name(target) in ALIASES else []
 
     def _operands(self, node: fx.Node) -> list[Operand]:
         return [Operand(self._read(each, node), each) for each in operands(node)]
@@ -180,18 +192,27 @@ class Dataflow:
         module = self._modules[path]
         kind = module_kind(module)
         data = self._operands(node)
-        if kind is Kind.CONVOLVE:
-            pointwise = set(module.kernel_size) == {1} and set(module.stride) == {1}
-            grouped = module.groups != 1
-            axis = len(shape(node)) - len(cast("tuple[int, ...]", module.kernel_size)) - 1
-            return self._apply(
-                node, path, data[0], "conv", pointwise and not grouped, axis, grouped
-            )
+        if isinstance(module, Convolution):
+            return self._apply_conv(node, path, data[0], Windows.of(module))
         if kind is Kind.LINEAR:
-            return self._apply(node, path, data[0], "linear", True)
-        if kind is Kind.LOOKUP:
-            return self._look_up(node, path, data[0], int(module.num_embeddings))
-        return _bend(data[0].value) if kind is Kind.BEND else self._same(data)
+            return self._apply(node, path, data[0], "linear")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            # A class of its own may take no tensor, only a size: it is looked up by position.
+            index = data[0] if data else Operand(Fixed(), node)
+            return self._look_up(node, path, index, module.num_embeddings)
+        return bend(data[0].value) if kind is Kind.BEND else self._same(data)
+
+    def _apply_conv(self, node: fx.Node, site: str, data: Operand, windows: Windows) -> Value:
+        axis = len(shape(node)) - len(windows.kernel) - 1
+        pointwise = windows.single and windows.groups == 1
+        made = self._apply(node, site, data, "conv", pointwise=pointwise, axis=axis)
+        if windows.groups == 1 or not isinstance(data.value, Projection) or data.value.bent:
+            return made
+        del self._fresh[node]  # it mixes positions, not features: the projection goes through
+        return data.value
+
+    def _look_up(self, node: fx.Node, site: str, index: Operand, rows: int) -> Value:
+        return self._apply(node, site, index, "table", pointwise=False, rows=rows)
 
     def _apply(
         self,
@@ -199,25 +220,18 @@ class Dataflow:
         site: str,
         data: Operand,
         kind: str,
-        pointwise: bool,
+        *,
+        pointwise: bool = True,
         axis: int = -1,
-        grouped: bool = False,
+        rows: int = 0,
     ) -> Value:
-        use = Use(
-            len(self.evidence.uses),
-            node,
-            site,
-            kind,
-            data.value,
-            data.node,
-            pointwise,
-            axis % max(1, len(shape(node))),
-        )
+        """Note that a weight was applied; what it makes is its projection."""
+        count = len(self.evidence.uses)
+        axis %= max(1, len(shape(node)))
+        use = Use(count, node, site, kind, data.value, data.node, pointwise, axis, rows)
         self.evidence.uses.append(use)
         if isinstance(data.value, Scores):
             return replace(data.value, mixers=data.value.mixers | {use.index})
-        if grouped and isinstance(data.value, Projection) and not data.value.bent:
-            return data.value  # mixes positions, not features: the projection goes through
         self._fresh[node] = use.index
         return Projection(use.index)
 
@@ -228,12 +242,15 @@ class Dataflow:
                 self.evidence.norms.update(given.value.parameters)
         return self._same(data[:1])
 
+    def _make(self, node: fx.Node) -> Value:
+        return Fixed()
+
     def _pass(self, node: fx.Node) -> Value:
         return self._same(self._operands(node))
 
     def _same(self, data: list[Operand]) -> Value:
         """What came out is a function of what went in: of one thing, or of a mixture."""
-        return _merge([operand.value for operand in data])
+        return merge([operand.value for operand in data])
 
     # -- views and joins -----------------------------------------------------------------------
 
@@ -259,17 +276,12 @@ class Dataflow:
         name = table.parameters[0]
         return self._look_up(node, self._site_of(name), index, self._parameters[name][0])
 
-    def _look_up(self, node: fx.Node, site: str, index: Operand, rows: int) -> Value:
-        made = self._apply(node, site, index, "table", False)
-        self.evidence.uses[-1] = replace(self.evidence.uses[-1], rows=rows)
-        return made
-
     def _join_op(self, node: fx.Node) -> Value:
         data = self._operands(node)
         values = [d.value for d in data]
         if op_name(node) in ("cat", "concat", "concatenate"):
             self._note_prefixes(values)
-        return _join(values)
+        return join(values)
 
     def _note_prefixes(self, values: list[Value]) -> None:
         states = [v for v in values if isinstance(v, Projection | Stream | Joined)]
@@ -292,12 +304,12 @@ class Dataflow:
     # -- nonlinearities ------------------------------------------------------------------------
 
     def _bend_op(self, node: fx.Node) -> Value:
-        return _bend(self._same(self._operands(node)[:1]))
+        return bend(self._same(self._operands(node)[:1]))
 
     def _glu(self, node: fx.Node) -> Value:
         data = self._operands(node)[0]
         if not isinstance(data.value, Projection):
-            return _bend(data.value)
+            return bend(data.value)
         gate = replace(data.value, bent=True)
         return Product(gate, data.value, data.node, data.node)
 
@@ -305,7 +317,7 @@ class Dataflow:
         value = self._same(self._operands(node)[:1])
         if isinstance(value, Scores) and value.softmax is None:
             return replace(value, softmax=node)
-        return _bend(value)
+        return bend(value)
 
     def _pick(self, node: fx.Node) -> Value:
         value = self._same(self._operands(node)[:1])
@@ -345,7 +357,7 @@ class Dataflow:
         live, fixed = (b, a) if isinstance(a.value, Fixed) else (a, b)
         added = cast("Fixed", fixed.value)
         if isinstance(live.value, Fixed):
-            return _merge([live.value, added])
+            return merge([live.value, added])
         if added.source == "float" and shape(live.node) == shape(fixed.node):
             return STREAM  # a residual around the first layer, straight from the input
         if len(added.parameters) == 1:
@@ -383,14 +395,7 @@ class Dataflow:
 
     def _score_sum(self, x: Value, y: Value) -> Value:
         if isinstance(x, Scores) and isinstance(y, Scores):
-            return Scores(
-                (*x.terms, *(term for term in y.terms if term not in x.terms)),
-                x.biases | y.biases,
-                x.tables | y.tables,
-                x.mixers | y.mixers,
-                x.softmax or y.softmax,
-                x.bent or y.bent,
-            )
+            return add_scores(x, y)
         scores, added = (x, y) if isinstance(x, Scores) else (y, cast("Scores", x))
         scores = cast("Scores", scores)
         if isinstance(added, Fixed):
@@ -431,7 +436,7 @@ class Dataflow:
         live, fixed = (b, a) if isinstance(a.value, Fixed) else (a, b)
         factor = cast("Fixed", fixed.value)
         if isinstance(live.value, Fixed):
-            return _merge([live.value, factor], scaled=True)
+            return merge([live.value, factor], kept=True)
         if len(factor.parameters) == 1 and not isinstance(live.value, Scores):
             self.evidence.scales.add(factor.parameters[0])
         return live.value
@@ -444,7 +449,7 @@ class Dataflow:
         left, right = indices.features(a.node), indices.features(b.node)
         if left is None or right is None or left == right:
             return replace(x, bent=x.bent or y.bent)
-        return _product(a, b)
+        return product(a, b)
 
     def _gated(self, a: Operand, b: Operand) -> Value:
         """Two projections of the same input multiplied; anything else mixes them."""
@@ -452,7 +457,7 @@ class Dataflow:
         first = uses[cast("Projection", a.value).use]
         second = uses[cast("Projection", b.value).use]
         alike = self._origin(first.data_node) is self._origin(second.data_node)
-        return _product(a, b) if alike else STREAM
+        return product(a, b) if alike else STREAM
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """The node that a tensor is a view of."""
@@ -491,14 +496,11 @@ class Dataflow:
 
     def _convolve(self, node: fx.Node) -> Value:
         data, weight, *_ = self._operands(node)
-        kernel = shape(weight.node)[2:]
-        groups = next((g for g in (argument(node, 6, "groups"),) if isinstance(g, int)), 1)
         name = self._weight_name(weight.value)
         if name is None:
             return STREAM
-        pointwise = set(kernel) == {1} and groups == 1
-        axis = len(shape(node)) - len(kernel) - 1
-        return self._apply(node, self._site_of(name), data, "conv", pointwise, axis, groups != 1)
+        windows = Windows.of_call(node, shape(weight.node)[2:])
+        return self._apply_conv(node, self._site_of(name), data, windows)
 
     def _lookup(self, node: fx.Node) -> Value:
         index, table, *_ = self._operands(node)
@@ -537,7 +539,7 @@ class Dataflow:
         name = self._weight_name(weight.value)
         if name is None:
             return Scores((Term(*pair, node),)) if not isinstance(data.value, Fixed) else STREAM
-        return self._apply(node, self._site_of(name), data, "linear", True)
+        return self._apply(node, self._site_of(name), data, "linear")
 
     def _weight_name(self, value: Value) -> str | None:
         """The parameter a tensor is a view or a function of: a weight to be applied."""
@@ -555,7 +557,7 @@ class Dataflow:
         mask = rest[0].value if rest else None
         self._note_scores(mask)
         return self._attended(
-            Core(len(self.evidence.cores), _owner(node), query, key, value, mask=mask)
+            Core(len(self.evidence.cores), owner(node), query, key, value, mask=mask)
         )
 
     def _note_scores(self, added: Value | Scores | None) -> None:
@@ -573,8 +575,8 @@ class Dataflow:
         if scores.softmax is not None:
             self._note_scores(scores)
             query, key = self._query_and_key(scores)
-            return self._attended(Core(index, _owner(node), query, key, value, scores))
-        core = _kernel_attention(index, _owner(node), scores.terms[0], value, bent=scores.bent)
+            return self._attended(Core(index, owner(node), query, key, value, scores))
+        core = kernel_attention(index, owner(node), scores.terms[0], value, bent=scores.bent)
         return STREAM if core is None else self._attended(core)
 
     def _attended(self, core: Core) -> Value:
@@ -585,7 +587,7 @@ class Dataflow:
         """The factors of the scores: the key is the one whose positions the softmax runs over."""
         direct = [term for term in scores.terms if not term.indirect] or list(scores.terms)
         term = direct[0]
-        rows, columns = _factors(term)
+        rows, columns = factors(term)
         softmax = cast("fx.Node", scores.softmax)
         along = argument(softmax, 1, "dim")
         if along is None:
@@ -596,134 +598,3 @@ class Dataflow:
             if others and along % found.dim() not in others:
                 return columns, rows
         return rows, columns
-
-
-def _owner(node: fx.Node) -> str:
-    return str(node.meta.get("owner", ""))
-
-
-def _factors(term: Term) -> tuple[Operand, Operand]:
-    """The factors that count the rows and the columns of a product."""
-    if op_name(term.node) != "einsum":
-        return term.left, term.right
-    equation = str(term.node.args[0]).replace(" ", "")
-    sides, _, result = equation.partition("->")
-    left, _, _ = sides.partition(",")
-    return (term.right, term.left) if result and result[-1] in left else (term.left, term.right)
-
-
-def _kernel_attention(
-    index: int, owner: str, term: Term, third: Operand, *, bent: bool
-) -> Core | None:
-    """An attention without softmax: key and value meet first, or query and key do.
-
-    A feature map is applied to queries and keys but not to values, which tells them apart.
-    """
-    parts = [term.left, term.right, third]
-    if not all(uses_in(part.value) for part in parts):
-        return None
-    plain = [part for part in parts if not _is_bent(part.value)]
-    if bent:
-        return Core(index, owner, term.left, term.right, third)
-    if len(plain) == 1 and plain[0] is not third:
-        key = term.right if plain[0] is term.left else term.left
-        return Core(index, owner, third, key, plain[0])
-    return Core(index, owner, third, term.left, term.right, ordered=False)
-
-
-def _is_bent(value: Value) -> bool:
-    parts = value.parts if isinstance(value, Joined) else (value,)
-    return any(isinstance(part, Projection) and part.bent for part in parts)
-
-
-def _product(a: Operand, b: Operand) -> Product:
-    x, y = cast("Projection", a.value), cast("Projection", b.value)
-    if x.bent == y.bent:
-        return Product(x, y, a.node, b.node, ordered=False)
-    return Product(x, y, a.node, b.node) if x.bent else Product(y, x, b.node, a.node)
-
-
-def uses_in(value: Value) -> set[int]:
-    """The uses of weights a value was made by, as far as they are known."""
-    if isinstance(value, Projection):
-        return {value.use}
-    if isinstance(value, Product):
-        return {value.gate.use, value.value.use}
-    if isinstance(value, Joined):
-        return set[int]().union(*(uses_in(part) for part in value.parts))
-    return set()
-
-
-def _bend(value: Value) -> Value:
-    if isinstance(value, Projection):
-        return replace(value, bent=True)
-    if isinstance(value, Scores) and value.softmax is None:
-        return replace(value, bent=True)
-    if isinstance(value, Joined):
-        return _join([_bend(part) for part in value.parts])
-    return value
-
-
-def _join(values: Iterable[Value]) -> Value:
-    """Several tensors in one: what is fixed says nothing beside what layers made."""
-    parts: list[Value] = []
-    for value in values:
-        parts.extend(value.parts if isinstance(value, Joined) else (value,))
-    live = list(dict.fromkeys(part for part in parts if not isinstance(part, Fixed)))
-    if not live:
-        return _merge(parts)
-    if len(live) == 1:
-        return live[0]
-    if any(isinstance(part, Stream | Scores) for part in live):
-        return next((part for part in live if isinstance(part, Scores)), STREAM)
-    projections = {p.use for p in live if isinstance(p, Projection)}
-    if len(projections) == 1 and all(isinstance(p, Projection) for p in live):
-        # The halves of a rotated vector, one of them activated or not: one projection still.
-        return Projection(projections.pop(), bent=any(_is_bent(p) for p in live))
-    return Joined(tuple(live))
-
-
-def _merge(values: Iterable[Value], *, scaled: bool = False) -> Value:
-    """The result of an operation that nothing better is known of."""
-    values = list(values)
-    live = list(dict.fromkeys(value for value in values if not isinstance(value, Fixed)))
-    if len(live) == 1:
-        return live[0]
-    if live:
-        routed = [value for value in live if isinstance(value, Routed)]
-        projections = {value.use for value in live if isinstance(value, Projection)}
-        if len(live) == len(routed):
-            return routed[0]
-        if len(projections) == 1 and all(isinstance(value, Projection) for value in live):
-            return Projection(projections.pop(), bent=True)
-        return STREAM
-    fixed = [value for value in values if isinstance(value, Fixed)]
-    parameters = tuple(dict.fromkeys(name for value in fixed for name in value.parameters))
-    sources = {value.source for value in fixed} - {None}
-    if not sources:
-        return Fixed(parameters)
-    if sources == {"float"}:
-        return Fixed(parameters, "float")
-    single = len(fixed) == 1 or (scaled and len(sources) == 1)
-    return Fixed(parameters, "index" if single and sources == {"index"} and scaled else "derived")
-
-
-_HANDLERS: dict[Kind, Callable[[Dataflow, fx.Node], Value]] = {
-    Kind.VIEW: Dataflow._view,
-    Kind.JOIN: Dataflow._join_op,
-    Kind.ADD: Dataflow._add,
-    Kind.MULTIPLY: Dataflow._multiply,
-    Kind.BEND: Dataflow._bend_op,
-    Kind.GLU: Dataflow._glu,
-    Kind.SOFTMAX: Dataflow._softmax,
-    Kind.PICK: Dataflow._pick,
-    Kind.GATHER: Dataflow._gather,
-    Kind.ATTEND: Dataflow._attend,
-    Kind.MATMUL: Dataflow._matmul,
-    Kind.EINSUM: Dataflow._einsum,
-    Kind.LINEAR: Dataflow._linear,
-    Kind.CONVOLVE: Dataflow._convolve,
-    Kind.LOOKUP: Dataflow._lookup,
-    Kind.NORMALISE: Dataflow._normalise,
-    Kind.PASS: Dataflow._pass,
-}

@@ -81,7 +81,8 @@ class Indices:
         if found is None:
             return None
         flat = torch.view_as_real(found) if found.is_complex() else found
-        present = sorted({int(index) for index in flat.unique().tolist() if index >= 0})
+        distinct = cast("list[float]", cast("Any", flat).unique().tolist())
+        present = sorted(int(index) for index in distinct if index >= 0)
         if not present:
             return None
         if present[-1] - present[0] + 1 == len(present):
@@ -110,10 +111,15 @@ class Indices:
             return None
         if tuple(first.shape) == sizes or (first.is_complex() and first.dim() == len(sizes)):
             return first
-        try:
-            return first.expand(sizes)
-        except RuntimeError:
-            return None  # summed over, or otherwise reshaped by arithmetic
+        if first.dim() != len(sizes):
+            return None
+        # Pooled, resized or broadcast: what does not vary along an axis may change its size.
+        for axis, size in enumerate(sizes):
+            if first.shape[axis] != size:
+                if varies_along(first, axis):
+                    return None
+                first = first.narrow(axis, 0, 1)
+        return first.expand(sizes)
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """Apply a view or a join to indices; tensors of other origin become -1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
 from typing import Any, cast
@@ -39,6 +40,8 @@ class Kind(Enum):
     LOOKUP = auto()
     """Rows of a table by index: an embedding."""
     NORMALISE = auto()
+    MAKE = auto()
+    """A new tensor with the size of another, none of its content."""
     PASS = auto()
     """Anything else: what comes out is a function of what goes in."""
 
@@ -58,7 +61,8 @@ _KINDS = _table(
             view_as_complex view_as_real real data pixel_shuffle pixel_unshuffle channel_shuffle
             index_select take_along_dim masked_select
             to type type_as float half bfloat16 double cpu cuda requires_grad
-            dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
+            dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+            feature_alpha_dropout
             masked_fill fill_diagonal tril triu nan_to_num clamp clip clamp_min clamp_max
         """,
         Kind.JOIN: """
@@ -92,6 +96,10 @@ _KINDS = _table(
             conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution
         """,
         Kind.LOOKUP: "embedding embedding_bag",
+        Kind.MAKE: """
+            empty_like full_like ones_like zeros_like rand_like randn_like new_empty new_full
+            new_ones new_tensor new_zeros arange zeros ones full empty linspace tensor bernoulli
+        """,
         Kind.NORMALISE: """
             layer_norm rms_norm group_norm batch_norm instance_norm normalize local_response_norm
             native_layer_norm native_group_norm
@@ -99,9 +107,75 @@ _KINDS = _table(
     }
 )
 
+ALIASES = frozenset(
+    [
+        "view",
+        "view_as",
+        "reshape",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "t",
+        "T",
+        "mT",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "chunk",
+        "split",
+        "unbind",
+        "getitem",
+        "select",
+        "narrow",
+        "diagonal",
+        "detach",
+        "data",
+    ]
+)
+"""Views that share memory with their operand."""
+
 # What a normalisation that is written out computes: a statistic, and a root to divide by.
 STATISTICS = frozenset(["mean", "var", "var_mean", "std", "std_mean", "norm", "vector_norm", "sum"])
 ROOTS = frozenset(["rsqrt", "sqrt", "norm", "vector_norm", "std", "std_mean"])
+
+Convolution = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a convolution: their size, the step from one to the next, its groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, layer: Convolution) -> Windows:
+        """Those of a layer."""
+        return cls(tuple(layer.kernel_size), tuple(layer.stride), layer.groups)
+
+    @classmethod
+    def of_call(cls, node: fx.Node, kernel: tuple[int, ...]) -> Windows:
+        """Those of a call such as ``F.conv2d``, given the size of its kernel."""
+        step, groups = argument(node, 3, "stride"), argument(node, 6, "groups")
+        steps = tuple(cast("list[int]", step)) if isinstance(step, tuple | list) else ()
+        stride = steps or (step if isinstance(step, int) else 1,) * len(kernel)
+        return cls(kernel, stride, groups if isinstance(groups, int) else 1)
+
+    @property
+    def single(self) -> bool:
+        """Whether each is one position, and none is left out."""
+        return {*self.kernel, *self.stride} == {1}
+
+    @property
+    def tile(self) -> bool:
+        """Whether they tile the input: as far apart as they are wide."""
+        return self.kernel == self.stride and max(self.kernel) > 1
+
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # pyright: ignore[reportPrivateUsage]
@@ -116,7 +190,7 @@ def module_kind(module: nn.Module) -> Kind:
     """The kind of an atomic layer that a trace shows as one node."""
     if isinstance(module, nn.Linear | nn.Bilinear):
         return Kind.LINEAR
-    if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+    if isinstance(module, Convolution):
         return Kind.CONVOLVE
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Kind.LOOKUP
@@ -181,7 +255,8 @@ def _nodes(value: Any) -> Iterator[fx.Node]:
         for item in cast("dict[Any, Any]", value).values():
             yield from _nodes(item)
     elif isinstance(value, slice):
-        yield from _nodes((value.start, value.stop, value.step))
+        bounds = cast("slice[Any, Any, Any]", value)
+        yield from _nodes((bounds.start, bounds.stop, bounds.step))
 
 
 def argument(node: fx.Node, position: int, name: str) -> Any:

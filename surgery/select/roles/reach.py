@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from surgery.select.roles.dataflow import Dataflow, uses_in
+from surgery.select.roles.algebra import uses_in
+from surgery.select.roles.dataflow import Dataflow
 from surgery.select.roles.ops import Kind, op_kind, operands, shape
 from surgery.select.roles.values import Fixed, Use
 

@@ -160,7 +160,6 @@ class Use:
     pointwise: bool
     axis: int
     rows: int = 0
-    rows: int = 0
 
 
 @dataclass(frozen=True)
