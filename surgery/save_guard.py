@@ -51,7 +51,7 @@ class GuardedModel(_Module):
             for name in added:
                 state.pop(prefix + name, None)
 
-        hook = self.register_state_dict_post_hook(leave_out)
+        hook = self.register_state_dict_post_hook(leave_out)  # pyright: ignore[reportUnknownMemberType]
         try:
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         finally:

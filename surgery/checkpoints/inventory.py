@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -151,3 +151,17 @@ def memory_order(tensor: Tensor) -> list[int] | None:
         return None
     as_it_lies = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
     return list(tensor.stride()) if as_it_lies.stride() == tensor.stride() else None
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether strides visit each element of a block of memory exactly once, in some order."""
+    if len(shape) != len(stride):
+        return False
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True

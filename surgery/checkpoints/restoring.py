@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery import progress
 from surgery.checkpoints import base_weights, generation, manifest, tensorfile
-from surgery.checkpoints.inventory import Place, places, take
+from surgery.checkpoints.inventory import Place, is_dense, places, take
 from surgery.checkpoints.manifest import Manifest, TensorEntry
 from surgery.checkpoints.swap import recover
 from surgery.editing import repeat, undo
@@ -60,6 +60,7 @@ def restore(
     record = Record.from_dict(saved.record) if saved.record is not None else Record()
     _check_model(saved, model)
     manifest.check_files(path, saved)
+    _check_headers(path, saved)
     if saved.base is not None and model is not None and not allow_other_base:
         base_weights.check(saved.base.tensors, take(model).state)
     target = _rebuild(path, saved, device) if model is None else model
@@ -191,29 +192,39 @@ def _load(path: Path, saved: Manifest, model: nn.Module) -> None:
             _tie(where[alias], where[name])
 
 
+def _check_headers(path: Path, saved: Manifest) -> None:
+    """Raise unless every file holds the tensors that surgery.json says it does."""
+    sections = (saved.state, saved.transient, saved.kept)
+    files = {entry.file for section in sections for entry in section.values()}
+    contents = {file: tensorfile.contents(path / file) for file in files}
+    for section in sections:
+        for name, entry in section.items():
+            slot = contents[entry.file].get(name)
+            if slot is None:
+                raise CheckpointError(f"{path / entry.file} does not hold {name}")
+            found = (tensorfile.DTYPES[slot.dtype], list(slot.shape))
+            if found != (entry.dtype, entry.shape):
+                raise CheckpointError(
+                    f"{path / entry.file} holds {name} as {found[0]} {found[1]}, surgery.json "
+                    f"says {entry.dtype} {entry.shape}"
+                )
+            if entry.stride is not None and not is_dense(entry.shape, entry.stride):
+                raise CheckpointError(f"surgery.json gives {name} the strides {entry.stride}")
+
+
 def _tensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor on the CPU, file by file, each checked against what the manifest says."""
+    """Every tensor on the CPU, file by file, laid out as it was saved."""
     by_file: dict[str, list[str]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append(name)
     for file, names in by_file.items():
-        for name, tensor in tensorfile.read(path / file, names, torch.device("cpu")):
-            entry = entries[name]
-            found = (tensorfile.DTYPES[tensor.dtype], list(tensor.shape))
-            if found != (entry.dtype, entry.shape):
-                raise CheckpointError(
-                    f"{path / file} holds {name} as {found[0]} {found[1]}, surgery.json says "
-                    f"{entry.dtype} {entry.shape}"
-                )
-            yield name, _in_order(tensor, entry.stride)
-
-
-def _in_order(tensor: Tensor, stride: list[int] | None) -> Tensor:
-    if stride is None:
-        return tensor
-    if len(stride) != tensor.dim():
-        raise CheckpointError(f"surgery.json gives {len(stride)} strides to {tensor.dim()} sizes")
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+        for name, tensor in tensorfile.read(path / file, names):
+            stride = entries[name].stride
+            if stride is None:
+                yield name, tensor
+            else:
+                laid_out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+                yield name, laid_out.copy_(tensor)
 
 
 def _fill(place: Place, tensor: Tensor, used: set[int]) -> None:
