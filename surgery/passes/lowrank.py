@@ -66,7 +66,7 @@ class LowRank(Pass):
     that several modules share is adapted once, wherever it is used.
 
     Args:
-        method: Name of the adapter method; ``surgery list`` shows them.
+        method: Name of the adapter method; ``surgery list methods`` shows them.
         rank: Rank of the change.
         alpha: Numerator of the scaling; the rank by default, which scales by 1.
         dropout: Probability of dropping an input of the low-rank branch while training.
