@@ -147,10 +147,24 @@ def merge(values: Iterable[Value], *, kept: bool = False) -> Value:
             return Projection(projections.pop(), bent=True)
         return STREAM
     fixed = [value for value in values if isinstance(value, Fixed)]
-    parameters = tuple(dict.fromkeys(name for value in fixed for name in value.parameters))
+    parameters = _hosts(dict.fromkeys(name for value in fixed for name in value.parameters))
     sources = {value.source for value in fixed} - {None}
     if not sources:
         return Fixed(parameters)
     if sources == {"float"}:
         return Fixed(parameters, "float")
     return Fixed(parameters, "index" if kept and sources == {"index"} else "derived")
+
+
+def _hosts(names: Iterable[str]) -> tuple[str, ...]:
+    """Parameters, less those that a rewrite put inside the layer of another of them."""
+    known = tuple(names)
+    return tuple(name for name in known if not any(_inside(name, other) for other in known))
+
+
+def _inside(name: str, host: str) -> bool:
+    home, _, parameter = host.rpartition(".")
+    rest = name.removeprefix(f"{home}.") if home else name
+    if "." not in rest or (home and rest == name):
+        return False
+    return bool(home) or parameter in name.split(".")

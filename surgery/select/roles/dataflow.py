@@ -524,7 +524,7 @@ class Dataflow:
 
     def _matrix_product(self, node: fx.Node, a: Operand, b: Operand) -> Value:
         for data, weight in ((a, b), (b, a)):
-            if self._weight_name(weight.value) is not None and not self._is_weight(data.value):
+            if self._weight_name(weight.value) is not None and not self._is_made(data.value):
                 return self._weigh(node, data, weight, (a, b))
         if isinstance(a.value, Fixed) or isinstance(b.value, Fixed):
             return self._same([a, b])
@@ -549,8 +549,8 @@ class Dataflow:
         originals = [name for name in matrices if ".parametrizations." in name]
         return next(iter([*originals, *matrices]), None)
 
-    def _is_weight(self, value: Value) -> bool:
-        return isinstance(value, Fixed) and value.source is None and not value.parameters
+    def _is_made(self, value: Value) -> bool:
+        return isinstance(value, Fixed) and value.source is None
 
     def _attend(self, node: fx.Node) -> Value:
         query, key, value, *rest = self._operands(node)
