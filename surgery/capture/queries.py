@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.capture.values import TensorSpec
+from surgery.capture.values import TensorSpec, is_proxy
 
 if TYPE_CHECKING:
     from surgery.capture.tracer import Tracer
@@ -33,7 +33,7 @@ def answer_attribute(tracer: Tracer, func: Any, name: str, tensor: Any) -> Any:
     if isinstance(result, torch.Tensor):
         return tracer.record_attribute(tensor, name)
     if name == "requires_grad":
-        return tracer.tell(tensor, name, tensor.requires_grad)
+        return tracer.tell(tensor, name, tensor.tracked if is_proxy(tensor) else result)
     if name == "device":
         return tracer.device(tensor, result)
     return tracer.tell(tensor, name, result)
@@ -86,7 +86,8 @@ def _to_list(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     shape = tracer.shape(args[0])
     if not shape:
         return tracer.contents(args[0], "item")
-    return [row.tolist() for row in args[0].unbind(0)]
+    rows = tracer.record(torch.Tensor.unbind, (args[0],), {})
+    return [_to_list(tracer, func, (row,), {}) for row in rows]
 
 
 def _contains(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
