@@ -167,7 +167,7 @@ def test_nan_in_weights_is_found_and_named() -> None:
     assert not report.ok
     assert "2.weight" in str(report)
     with pytest.raises(surgery.ContractBroken, match=r"2\.weight"):
-        report.raise_if_broken()
+        report.check()
 
 
 def test_peft_wrapped_model_is_refused_by_name() -> None:
