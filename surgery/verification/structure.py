@@ -114,6 +114,12 @@ def finite_weights(model: nn.Module) -> Iterator[Row]:
         yield Row("finite weights", "ok")
 
 
+def quantised(model: nn.Module) -> list[str]:
+    """Names of the parameters that are made of several tensors, as torchao's are."""
+    every = named_parameters(model, duplicates=False)
+    return [name for name, tensor in every if is_traceable_wrapper_subclass(tensor)]
+
+
 def tensor_named(model: nn.Module, name: str) -> Tensor | None:
     """The parameter or buffer of a dotted name, or None."""
     path, _, key = name.rpartition(".")

@@ -125,6 +125,11 @@ class _Verification:
             self.skip("finite weights", "the model is on the meta device")
             return
         self.rows.extend(structure.finite_weights(self.model))
+        closed = structure.quantised(self.model)
+        if closed:
+            more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
+            reason = f"quantised weights are not looked into: {closed[0]}{more}"
+            self.skip("finite weights", reason)
 
     def find_baseline(self, given: nn.Module | None) -> None:
         """The model as it was: a copy of the given one, or a copy on which all is undone."""
