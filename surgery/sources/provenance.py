@@ -18,7 +18,7 @@ from surgery.errors import SourceError
 from surgery.sources import diffusers_models, timm_models, transformers_models
 from surgery.sources.libraries import class_path, library_of, require, stock_class
 from surgery.sources.load import SOURCE_ATTRIBUTE
-from surgery.sources.request import as_device, jsonable
+from surgery.sources.request import as_device, from_json, jsonable
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def rebuild(
             libraries, or no longer gives the model that was described.
     """
     checked = _checked(description)
+    checked["config"] = from_json(checked["config"])
     place = as_device(device)
     library = checked["library"]
     dtypes = _dtypes(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,9 @@ import torch
 
 from surgery.errors import SourceError
 from surgery.registry import suggest
+
+# JSON has no infinity and no NaN; transformers tags them in the same way.
+_FLOAT = "__float__"
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def as_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def jsonable(value: Any, where: str) -> Any:
-    """``value`` with tuples as lists and dtypes as names.
+    """``value`` with tuples as lists, dtypes as names, and infinity as ``{"__float__": "inf"}``.
 
     Raises:
         SourceError: there is anything in it that JSON cannot hold.
@@ -103,6 +107,8 @@ def jsonable(value: Any, where: str) -> Any:
         return {_key(key, where): jsonable(item, where) for key, item in items}
     if isinstance(value, (list, tuple)):
         return [jsonable(item, where) for item in cast("list[Any]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}
     if isinstance(value, (set, frozenset)):
         return sorted(jsonable(item, where) for item in cast("set[Any]", value))
     try:
@@ -113,6 +119,18 @@ def jsonable(value: Any, where: str) -> Any:
             hint="pass its name if the library takes one; otherwise build the model with the "
             "library itself and pass the module to surgery.plan",
         ) from None
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """The value that ``jsonable`` was given, but for its lists and names."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[Any, Any]", value)
+        if set(items) == {_FLOAT}:
+            return float(items[_FLOAT])
+        return {key: from_json(item) for key, item in items.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in cast("list[Any]", value)]
     return value
 
 

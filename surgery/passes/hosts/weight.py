@@ -9,7 +9,7 @@ are faster where they fit.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ _formed: ContextVar[_Formed | None] = ContextVar("surgery_formed_weights", defau
 
 
 _PLAIN = (nn.Parameter, Tensor)
+_REGISTRIES = frozenset(nn.Module().__dict__)
 
 
 class WeightHost(_Module):
@@ -45,7 +46,8 @@ class WeightHost(_Module):
             return super().forward(*args, **kwargs)
         token = _formed.set({})
         try:
-            return super().forward(*args, **kwargs)
+            # The class after this one in the method resolution order, for a stand-in too.
+            return super(WeightHost, _without_caches(self)).forward(*args, **kwargs)
         finally:
             _formed.reset(token)
 
@@ -60,6 +62,28 @@ class WeightHost(_Module):
             # again for the forward.
             return value
         return _formed_once(self, name, bank, value)
+
+
+def _without_caches(module: WeightHost) -> WeightHost:
+    """The module, or a stand-in that has everything of it but what its forwards remembered.
+
+    Some attentions keep in a plain dict, while they evaluate, what they computed from a
+    parameter. Kept from one mix of adapters it would be wrong for the next, and after an undo.
+    """
+    caches = [name for name, value in module.__dict__.items() if _may_cache(name, value)]
+    if not caches:
+        return module
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    for name in caches:
+        other.__dict__[name] = {}
+    return other
+
+
+def _may_cache(name: str, value: Any) -> bool:
+    if type(value) is not dict or name in _REGISTRIES:
+        return False
+    return all(isinstance(item, Tensor) for item in cast("dict[Any, Any]", value).values())
 
 
 def _computing() -> bool:

@@ -1,0 +1,83 @@
+"""What the sweep found on models that nothing was written for, each as the smallest case of it."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery import LowRank, Path, Rule, adapters
+from surgery.capture import trace_model
+
+pytestmark = [
+    # torchao and diffusers announce their own changes while they are imported.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class CachedBias(nn.Module):
+    """Keeps what it computed from a parameter while it evaluates, as LeViT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table @ self.table
+        return x + self.cache["bias"]
+
+
+def test_a_cache_of_the_forward_does_not_outlive_the_adapters_it_was_made_with() -> None:
+    model, x = nn.Sequential(CachedBias()).eval(), torch.zeros(4, 4)
+    before = model(x)
+    surgery.apply(model, Rule(LowRank(rank=2), where=Path("0")))
+    with torch.no_grad():
+        for tensor in adapters.parameters(model):
+            tensor.normal_()
+    adapted = model(x)
+    assert not torch.allclose(adapted, before)
+    with adapters.disabled(model):
+        assert torch.equal(model(x), before)
+    assert torch.equal(model(x), adapted)
+    surgery.undo(model)
+    assert torch.equal(model(x), before)
+
+
+def test_the_rows_of_a_mask_as_a_list_are_traced() -> None:
+    class Lengths(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            lengths = mask.sum(dim=1).tolist()
+            first = mask.tolist()[0][0]
+            return torch.stack([row[: min(lengths)].sum() * first for row in x])
+
+    x, mask = torch.randn(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    graph = trace_model(Lengths(), (x, mask)).graph
+    assert any(node.target == "item" for node in graph.nodes)
+
+
+def test_infinity_in_a_configuration_survives_saving(tmp_path: FilePath) -> None:
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    model = surgery.load("transformers:mamba2", config=config)
+    limit = model.config.time_step_limit
+    assert limit[1] == float("inf")
+    surgery.apply(model, Rule(LowRank(rank=2)))
+    surgery.save(model, tmp_path / "saved")
+    assert tuple(surgery.restore(tmp_path / "saved").config.time_step_limit) == tuple(limit)
