@@ -12,6 +12,7 @@ from torch import fx
 from surgery.select.roles.ops import op_name
 from surgery.select.roles.values import (
     STREAM,
+    Attended,
     Core,
     Fixed,
     Joined,
@@ -118,10 +119,11 @@ def join(values: Iterable[Value]) -> Value:
     if len(live) == 1:
         return live[0]
     scores = [part for part in live if isinstance(part, Scores)]
-    if scores:
+    if len(scores) == len(live):
         return reduce(add_scores, scores)
-    if STREAM in live:
-        return STREAM
+    if scores or STREAM in live:
+        attended = [part for part in live if isinstance(part, Attended)]
+        return Joined((*attended, STREAM)) if attended else STREAM
     projections = {p.use for p in live if isinstance(p, Projection)}
     if len(projections) == 1 and all(isinstance(p, Projection) for p in live):
         # The halves of a rotated vector, one of them activated or not: one projection still.

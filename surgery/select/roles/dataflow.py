@@ -230,10 +230,17 @@ class Dataflow:
         axis %= max(1, len(shape(node)))
         use = Use(count, node, site, kind, data.value, data.node, pointwise, axis, rows)
         self.evidence.uses.append(use)
-        if isinstance(data.value, Scores):
+        if isinstance(data.value, Scores) and self._mixes_heads(use, data.value):
             return replace(data.value, mixers=data.value.mixers | {use.index})
         self._fresh[node] = use.index
         return Projection(use.index)
+
+    def _mixes_heads(self, use: Use, scores: Scores) -> bool:
+        """Whether a weight combines whole score matrices, and not entries of one of them."""
+        product = scores.terms[0].node
+        rank = len(shape(product))
+        found = [self.indices(product, axis).at(use.data_node) for axis in (rank - 2, rank - 1)]
+        return all(at is not None and not varies_along(at, use.axis) for at in found)
 
     def _normalise(self, node: fx.Node) -> Value:
         data = self._operands(node)
@@ -343,7 +350,6 @@ class Dataflow:
         modulated = self._modulated(node, a, b)
         if modulated is not None:
             return modulated
-        self.evidence.additions.append(node)
         if isinstance(x, Projection) and isinstance(y, Projection):
             return self._sum_of_projections(x, y)
         if isinstance(x, Attended) and isinstance(y, Attended):
@@ -400,6 +406,8 @@ class Dataflow:
         scores = cast("Scores", scores)
         if isinstance(added, Fixed):
             return replace(scores, tables=scores.tables | set(added.parameters))
+        if not uses_in(added):
+            return STREAM  # a product of activations in a residual stream, not scores
         return replace(scores, biases=scores.biases | uses_in(added))
 
     # -- products of elements ------------------------------------------------------------------
@@ -412,8 +420,8 @@ class Dataflow:
         x, y = a.value, b.value
         if isinstance(x, Fixed) or isinstance(y, Fixed):
             return self._product_with_fixed(a, b)
-        if isinstance(x, Scores) or isinstance(y, Scores):
-            return x if isinstance(x, Scores) else y
+        if isinstance(x, Scores) and isinstance(y, Scores) and x.terms == y.terms:
+            return x
         for one, other in ((x, y), (y, x)):
             if isinstance(one, Routed):
                 self.evidence.routers.add(one.use)

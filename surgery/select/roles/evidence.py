@@ -16,7 +16,6 @@ class Evidence:
     Attributes:
         uses: Every application of a weight.
         cores: Every attention.
-        additions: Nodes that add two tensors computed by layers: where residuals are.
         modulators: Node → uses of weights that scale or shift another tensor there, one value
             for all its positions.
         routers: Uses of weights whose choice weighs the outputs of others.
@@ -32,7 +31,6 @@ class Evidence:
 
     uses: list[Use] = field(default_factory=list[Use])
     cores: list[Core] = field(default_factory=list[Core])
-    additions: list[fx.Node] = field(default_factory=list[fx.Node])
     modulators: dict[fx.Node, set[int]] = field(default_factory=dict[fx.Node, "set[int]"])
     routers: set[int] = field(default_factory=set[int])
     positions: dict[str, list[Value]] = field(default_factory=dict[str, "list[Value]"])

@@ -148,4 +148,4 @@ def varies_along(indices: Tensor, axis: int) -> bool:
     """Whether indices differ from place to place along an axis."""
     if indices.is_complex() or indices.shape[axis] < 2:
         return False
-    return bool((indices.narrow(axis, 0, 1) != indices.narrow(axis, 1, 1)).any())
+    return bool((indices.narrow(axis, 0, 1) != indices).any())

@@ -31,7 +31,7 @@ def feed_forward(flow: Dataflow, found: Findings) -> None:
 
 
 def _is_unit(flow: Dataflow, wide: Use, out: Use) -> bool:
-    return wide.pointwise and reach.joins_residual(flow, wide.data_node, out)
+    return wide.pointwise and reach.joins_residual(flow, wide.data_node, out, straight=True)
 
 
 def _plain_unit(flow: Dataflow, found: Findings, wide: Use, out: Use) -> None:

@@ -12,11 +12,12 @@ from surgery.select.roles.ops import Kind, op_kind, operands, shape
 from surgery.select.roles.values import Fixed, Use
 
 
-def after(flow: Dataflow, use: Use) -> Iterator[tuple[fx.Node, fx.Node]]:
+def after(flow: Dataflow, use: Use, *, straight: bool = False) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Every (from, to) edge on which a layer's output travels, up to the next weights.
 
     The edge into the next weight, attention or model output is given, and not followed. So is one
-    on which the output scales or shifts something else.
+    on which the output scales or shifts something else, and with ``straight`` one into a
+    nonlinearity.
     """
     seen: set[fx.Node] = set()
     waiting = [use.node]
@@ -26,7 +27,8 @@ def after(flow: Dataflow, use: Use) -> Iterator[tuple[fx.Node, fx.Node]]:
             if node not in operands(user):
                 continue
             yield node, user
-            if user not in seen and not _ends(flow, node, user):
+            bends = straight and op_kind(user) in (Kind.BEND, Kind.SOFTMAX, Kind.GLU)
+            if user not in seen and not bends and not _ends(flow, node, user):
                 seen.add(user)
                 waiting.append(user)
 
@@ -57,9 +59,12 @@ def next_uses(flow: Dataflow, use: Use) -> tuple[set[int], bool]:
     return found, elsewhere
 
 
-def joins_residual(flow: Dataflow, start: fx.Node, use: Use) -> bool:
-    """Whether a layer's output is added to something that ``start`` was computed from."""
-    for node, user in after(flow, use):
+def joins_residual(flow: Dataflow, start: fx.Node, use: Use, *, straight: bool = False) -> bool:
+    """Whether a layer's output is added to something that ``start`` was computed from.
+
+    With ``straight``, no nonlinearity may lie between: a factor made by a sigmoid is no branch.
+    """
+    for node, user in after(flow, use, straight=straight):
         if op_kind(user) is not Kind.ADD or user.op == "output":
             continue
         for other in operands(user):
