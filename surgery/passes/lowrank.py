@@ -63,7 +63,8 @@ class LowRank(Pass):
     """Contract ``exact``: adapters start as no change at all.
 
     Puts an adapter beside the weight of each site and freezes the rest of the model. A weight
-    that several modules share is adapted once, wherever it is used.
+    that several modules share is adapted once, wherever it is used. Without a ``where`` every
+    weight that can be adapted is a site, embeddings and heads included.
 
     Args:
         method: Name of the adapter method; ``surgery list methods`` shows them.
@@ -164,7 +165,6 @@ class LowRank(Pass):
         places = _places(edit)
         modules = [context.module(model, place.path) for place in places]
         for module, place in zip(modules, places, strict=True):
-            check_free(module, place.path)
             if HOSTS[place.host] not in grafts(module):
                 check_graftable(module, place.path)
         first = modules[0]
@@ -274,6 +274,7 @@ class LowRank(Pass):
     def _check(self, site: Site, uses: tuple[Use, ...], method: type[Method]) -> None:
         """Raise if an option does not suit one of the uses of the site's weight."""
         for use in uses:
+            check_free(use.module, use.path)
             if self.dropout and not use.hosting.takes_dropout:
                 raise RuleError(
                     f"{_label(use)} is adapted through its weight, so there is no input that "

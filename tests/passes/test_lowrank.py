@@ -185,9 +185,8 @@ def test_dropout_needs_an_input_to_drop() -> None:
 def test_attribute_in_the_way() -> None:
     model = Net()
     model.blocks[0].get_submodule("0").lowrank = 3  # type: ignore[assignment]
-    plan = surgery.plan(model, Rule(LowRank(rank=2)))
     with pytest.raises(Conflict, match=r"blocks\.0\.0 has an attribute 'lowrank' of its own"):
-        plan.apply()
+        surgery.plan(model, Rule(LowRank(rank=2)))
     assert not any(isinstance(module, Bank) for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -462,6 +461,21 @@ def test_log_repeats_state_too() -> None:
     assert adapters.active(fresh) == {"a": 0.5, "c": 2.0}
     assert adapters.merged(fresh) == {"a": 0.5, "c": 2.0}
     assert torch.equal(fresh(x), expected)
+
+
+def test_hooks_go_on_firing() -> None:
+    model = Net()
+    layer = model.get_submodule("blocks.0.0")
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    surgery.apply(model, Rule(LowRank(rank=2)))
+    model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    surgery.undo(model)
+    model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+    assert seen == ["before", "after", "backward"] * 2
 
 
 # Weights that are more than a tensor.

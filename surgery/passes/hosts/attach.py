@@ -35,10 +35,12 @@ def check_free(module: nn.Module, path: str) -> None:
     Raises:
         Conflict: the module has an attribute ``lowrank`` of its own.
     """
-    child = module.__dict__["_modules"].get(CHILD)
-    if isinstance(child, (Bank, Banks)):
+    state = module.__dict__
+    if isinstance(state["_modules"].get(CHILD), (Bank, Banks)):
         return
-    if child is not None or CHILD in module.__dict__ or hasattr(type(module), CHILD):
+    registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
+    inherited = (vars(cls) for cls in type(module).__mro__)
+    if any(CHILD in names for names in (*registered, *inherited)):
         raise Conflict(
             f"{path} has an attribute {CHILD!r} of its own, which is where adapters would go",
             hint="rename it, or leave the module out with except:",

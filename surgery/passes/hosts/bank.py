@@ -124,9 +124,10 @@ class Bank(nn.Module):
                     hint="call surgery.adapters.unmerge(model) first",
                 )
             return []
-        adapters = self.__dict__["_modules"]
         chosen = self.active if override is None else override.mix
-        return [(adapters[name], share) for name, share in chosen if name in adapters]
+        # An adapter may be taken out by another thread at any moment.
+        found = [(self.adapters.get(name), share) for name, share in chosen]
+        return [(adapter, share) for adapter, share in found if adapter is not None]
 
     def seal(self, result: Tensor, source: Tensor) -> Tensor:
         """Make activation checkpointing notice if the context's mix is gone when it recomputes.

@@ -66,10 +66,16 @@ def _is_simple(adapter: Adapter, layer: nn.Linear, x: Tensor) -> bool:
 def _in_one_go(layer: nn.Linear, x: Tensor, adapter: Adapter, share: float) -> Tensor:
     """``W x + b + share · scaling · B A x`` without a temporary of the output's size."""
     A, B = adapter.factors()
+    factor = share * adapter.scaling
+    if torch.compiler.is_compiling():
+        # The compiler fuses the sum with what follows. Scaling the rank-sized codes saves a scaled
+        # copy of the output's gradient.
+        branch = functional.linear(functional.linear(x, A) * factor, B)
+        return functional.linear(x, layer.weight, layer.bias) + branch
     flat = x.view(-1, x.shape[-1])
     output = functional.linear(flat, layer.weight, layer.bias)
     # The product is not saved for backward and has no other reference: adding in place is safe.
-    output.addmm_(functional.linear(flat, A), B.t(), alpha=share * adapter.scaling)
+    output.addmm_(functional.linear(flat, A), B.t(), alpha=factor)
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
