@@ -201,9 +201,9 @@ class _Writer:
     def _holds(self, node: fx.Node) -> str:
         value, expected = node.args
         if expected is False:
-            return f"not {self._tested(value)}"
+            return f"not {self._say.operand(value)}"
         if expected is True:
-            return self._tested(value)
+            return self._say.write(value)
         if expected is None:
             return f"{self._say.operand(value)} is None"
         return f"{self._say.operand(value)} == {self._say.literal(expected)}"
@@ -213,13 +213,10 @@ class _Writer:
         if expected is False:
             return self._say.write(value)
         if expected is True:
-            return f"not {self._tested(value)}"
+            return f"not {self._say.operand(value)}"
         if expected is None:
             return f"{self._say.operand(value)} is not None"
         return f"{self._say.operand(value)} != {self._say.literal(expected)}"
-
-    def _tested(self, value: Any) -> str:
-        return self._say.operand(value)
 
     # -- the body ------------------------------------------------------------------------------
 
@@ -314,11 +311,8 @@ class _Writer:
             limit = len(statement.text)
             while result and (place := self._place(result[-1], statement, limit)) is not None:
                 inner = result.pop()
-                text = inner.text
-                if self._is_infix(inner.node) and not _stands_alone(statement.text, place, inner):
-                    text = f"({text})"
                 end = place + len(inner.target)
-                statement.text = statement.text[:place] + text + statement.text[end:]
+                statement.text = statement.text[:place] + inner.text + statement.text[end:]
                 limit = place
             result.append(statement)
         return result
@@ -335,8 +329,12 @@ class _Writer:
         if outer.node.meta.get("mutates") or node.meta.get("written_by"):
             return None
         found = list(re.finditer(rf"(?<![\w.]){inner.target}(?!\w)(?!=[^=])", outer.text))
-        once = len(found) == 1 and self._uses(node) == 1
-        return found[0].start() if once and found[0].start() < limit else None
+        if len(found) != 1 or self._uses(node) != 1 or found[0].start() >= limit:
+            return None
+        place = found[0].start()
+        # Brackets inside brackets are harder to read than a name.
+        plain = not self._is_infix(node) or _stands_alone(outer.text, place, inner)
+        return place if plain or (place == 0 and _binds_first(node, outer.node)) else None
 
     def _uses(self, node: fx.Node) -> int:
         """How many statements read a node, through what is written inline."""
@@ -359,7 +357,9 @@ class _Writer:
             words = {statement.target, *_words([statement])}
             last = sorted((words & targets) - seen)
             seen.update(last)
-            if position < len(statements) - 2:  # what the return does not need dies with it
+            rest = statements[position + 1 :]
+            ends = not rest or (len(rest) == 1 and _BARE_RETURN.fullmatch(rest[0].text))
+            if not ends:  # a bare return frees everything itself
                 dead[position] = last
         return dead
 
@@ -384,6 +384,16 @@ def _words(statements: list[_Statement]) -> set[str]:
         for statement in statements
         for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*", statement.text)
     }
+
+
+_BARE_RETURN = re.compile(r"return \w+")
+_STRENGTH = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "%": 2, "@": 2}
+
+
+def _binds_first(inner: fx.Node, outer: fx.Node) -> bool:
+    """True where ``inner`` needs no brackets as the left operand of ``outer``."""
+    strength = _STRENGTH.get(SIGNS.get(inner.target, ""), 0)
+    return strength >= _STRENGTH.get(SIGNS.get(outer.target, ""), 3)
 
 
 def _stands_alone(text: str, place: int, inner: _Statement) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from surgery.capture import private
 from surgery.capture.signs import PREFIXES, SIGNS
 
 MODULES: dict[str, Any] = {
@@ -166,7 +167,7 @@ class Expressions:
         for prefix, module in MODULES.items():
             if getattr(module, name, None) is target:
                 return f"{prefix}.{name}"
-        return self.name(target)
+        return f"torch.ops.{target}" if private.is_operator(target) else self.name(target)
 
     def _method(self, node: fx.Node) -> str:
         name = cast(str, node.target)

@@ -20,7 +20,7 @@ from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
 from surgery.capture.objects import is_object
 from surgery.capture.settle import settle
-from surgery.capture.structure import class_of, map_structure
+from surgery.capture.structure import class_of, map_structure, tensors
 from surgery.capture.tracer import Options, Tracer, is_static
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
@@ -154,7 +154,9 @@ def _capture(
 ) -> Capture:
     clones = Clones(module, keep_caches=options.keep_caches)
     traced = {"", *inline}
-    tracer = Tracer(clones, lambda path, child: path not in traced, options)
+    # A parent that is being traced runs this module on fake tensors.
+    fake = private.fake_mode_of(tensors((args, kwargs)))
+    tracer = Tracer(clones, lambda path, child: path not in traced, options, fake)
     forward = own_forward(clones.root)
     bound = sig.bind(forward, args, kwargs)
     before = _take_over_attributes(tracer, clones, traced)
@@ -250,7 +252,9 @@ def _write_back(
             if value is old:
                 continue
             target = f"{path}.{name}" if path else name
-            if is_static(old):  # the forward may have asked what it was: "if self.cache is None"
+            if is_static(old) and not is_symbol(
+                old
+            ):  # the forward may have asked what it was: "if self.cache is None"
                 tracer.held(target, old)
             tracer.graph.call_function(assign, (target, output(tracer, value)))
 

@@ -33,10 +33,12 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "call_inner",
+    "fake_mode_of",
     "graph_break",
     "intercept_calls",
     "is_operator",
     "is_real",
+    "new_fake_mode",
     "no_autograd",
     "own_tensors",
     "storage_id",
@@ -84,6 +86,16 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
+def new_fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have no data, and real ones may take part."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_mode_of(tensors: list[torch.Tensor]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor; None when all are real."""
+    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+
+
 def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     """The shape, dtype and device of ``tensor`` as a tensor without data."""
     return mode.from_tensor(tensor.detach(), static_shapes=True)
@@ -94,7 +106,7 @@ def storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
-def wrapper(cls: type[torch.Tensor], like: torch.Tensor, requires_grad: bool) -> torch.Tensor:
+def wrapper(cls: type[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """A tensor of class ``cls`` without data, with the metadata of ``like``."""
     strided = like.layout is torch.strided
     return torch.Tensor._make_wrapper_subclass(
@@ -105,7 +117,6 @@ def wrapper(cls: type[torch.Tensor], like: torch.Tensor, requires_grad: bool) ->
         dtype=like.dtype,
         layout=like.layout,
         device=like.device,
-        requires_grad=requires_grad,
     )
 
 

@@ -15,7 +15,7 @@ from surgery.capture.clone import Clones
 from surgery.capture.guards import Guard
 from surgery.capture.settle import settle
 from surgery.capture.structure import map_structure
-from surgery.capture.tracer import Options, Tracer
+from surgery.capture.tracer import Options, Tracer, is_static
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
 
@@ -107,7 +107,9 @@ def _placeholders(
 
     def proxied(name: str, value: Any) -> Any:
         def leaf(item: Any) -> Any:
-            return tracer.input(name, item) if isinstance(item, torch.Tensor) else item
+            if isinstance(item, torch.Tensor):
+                return tracer.input(name, item)
+            return item if is_static(item) else tracer.copy_object(item)
 
         return map_structure(value, leaf)
 

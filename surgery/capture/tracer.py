@@ -71,10 +71,15 @@ class Tracer:
         clones: The module tree the forward runs on.
         is_leaf: Decides, by path and module, whether a child becomes one ``call_module`` node.
         options: See `Options`.
+        fake: The mode that the inputs belong to, when they are fake already.
     """
 
     def __init__(
-        self, clones: Clones, is_leaf: Callable[[str, nn.Module], bool], options: Options
+        self,
+        clones: Clones,
+        is_leaf: Callable[[str, nn.Module], bool],
+        options: Options,
+        fake: private.FakeTensorMode | None = None,
     ) -> None:
         self.options = options
         self.open = True
@@ -83,7 +88,7 @@ class Tracer:
         self.constants: dict[str, Any] = {}
         self._clones = clones
         self._is_leaf = is_leaf
-        self._fake = private.FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = fake or private.new_fake_mode()
         self._ambient = Ambient.now()
         self._checkpoints = Checkpoints()
         self._owners: list[str] = []
@@ -475,7 +480,7 @@ class Tracer:
             if node.op != "placeholder" and none_guard:
                 self.guard("none" if value is None else "object", describe(node), value, node)
             return value
-        shadow = value if node.op != "placeholder" else self._copy_object(value)
+        shadow = value if node.op != "placeholder" else self.copy_object(value)
         return ObjectProxy(self, node, shadow)
 
     def _present_items(self, node: fx.Node, value: Any) -> Any:
@@ -489,7 +494,8 @@ class Tracer:
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._call(operator.getitem, (node, key), None)
 
-    def _copy_object(self, value: Any) -> Any:
+    def copy_object(self, value: Any) -> Any:
+        """A copy of an object among the inputs, for the forward to change."""
         try:
             with _SharedTensors():
                 return copy.deepcopy(value)
@@ -874,7 +880,10 @@ def _needs_grad(value: Any) -> bool:
     if not torch.is_grad_enabled():
         return False
     with private.without_torch_function():
-        return any(tensor.requires_grad for tensor in tensors(value))
+        return any(
+            cast(TensorProxy, tensor).tracked if is_proxy(tensor) else tensor.requires_grad
+            for tensor in tensors(value)
+        )
 
 
 def _device_of(node: fx.Node) -> torch.device | None:

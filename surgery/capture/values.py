@@ -58,6 +58,7 @@ class TensorProxy(torch.Tensor):
     node: fx.Node
     fake: torch.Tensor
     sizes: torch.Size | None
+    tracked: bool
 
     __torch_function__ = private.unhandled
 
@@ -81,11 +82,14 @@ def make_proxy(
     tracer: Tracer, node: fx.Node, fake: torch.Tensor, *, requires_grad: bool
 ) -> TensorProxy:
     """A proxy for the result of ``node``."""
-    proxy = cast(TensorProxy, private.wrapper(TensorProxy, fake, requires_grad))
+    proxy = cast(TensorProxy, private.wrapper(TensorProxy, fake))
     proxy.tracer = tracer
     proxy.node = node
     proxy.fake = fake
     proxy.sizes = None
+    # Not the tensor's own flag: under it a scripted function would take its gradients into its
+    # own hands, and work on detached inputs.
+    proxy.tracked = requires_grad
     return proxy
 
 
@@ -279,11 +283,16 @@ def _binary(op: Function, *, reflected: bool = False) -> Callable[[Symbol, Any],
     def method(self: Symbol, other: Any) -> Any:
         if not isinstance(other, (int, float)):  # a tensor's own operator takes over
             return NotImplemented
-        if not self.tracer.open:  # left over as a key in somebody's cache: equal to nothing now
+        if not (_is_live(self) and _is_live(other)):
             return NotImplemented
         return self.tracer.arithmetic(op, (other, self) if reflected else (self, other))
 
     return method
+
+
+def _is_live(number: Any) -> bool:
+    """False for a symbol of an earlier trace, left as a key in a cache: it equals nothing now."""
+    return not is_symbol(number) or cast(Symbol, number).tracer.open
 
 
 def _unary(op: Function) -> Callable[[Symbol], Any]:

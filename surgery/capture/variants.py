@@ -44,7 +44,7 @@ class Forward:
     ) -> None:
         self._edit = edit or _unchanged
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.variants: tuple[Capture, ...] = (self._edit(first),)
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,12 @@ class Forward:
             values = variant.bind(*args, **kwargs)
             if variant.accepts_values(module, values):
                 return self._run(variant, module, values, args, kwargs)
-        variant = self._capture_for(module, args, kwargs)
+        self._not_while_compiling()
+        with self._lock:
+            variant = self._accepting(module, args, kwargs)  # another thread may have made it
+            if variant is None:
+                why = self._why_not(module, args, kwargs)
+                variant = self._capture(module, args, kwargs, why)
         return self._run(variant, module, variant.bind(*args, **kwargs), args, kwargs)
 
     def _run(
@@ -85,47 +90,68 @@ class Forward:
         kwargs: dict[str, Any],
     ) -> Any:
         """Finish a call whose ``guard`` failed, along a variant that goes its way."""
-        while True:
-            for other in self.variants:
-                if replay.can_continue(other):
-                    break
-            else:
+        missed: Guard | None = guard
+        while missed is not None:
+            other = self._continuing(replay)
+            if other is None:
+                self._not_while_compiling()
                 if replay.disturbed():
                     raise CaptureError(
-                        f"{variant.kind}: captured for {guard}, which no longer holds, and the "
+                        f"{variant.kind}: captured for {missed}, which no longer holds, and the "
                         "call has already changed an input",
                         hint=_HINT,
                     )
-                other = self._capture_for(replay.module, args, kwargs, guard)
-                if not replay.can_continue(other):
-                    raise CaptureError(
-                        f"{variant.kind}: captured for {guard}; capturing again took another way"
-                    )
+                other = self._capture_continuing(replay, args, kwargs, missed)
             missed = replay.finish(other)
-            if missed is None:
-                return replay.result
-            guard = missed
+        return replay.result
 
-    def _capture_for(
+    def _capture_continuing(
+        self, replay: Replay, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard
+    ) -> Capture:
+        with self._lock:
+            found = self._continuing(replay)  # another thread may have made it
+            made = found or self._capture(replay.module, args, kwargs, str(guard))
+        if not replay.can_continue(made):
+            raise CaptureError(
+                f"{made.kind}: captured for {guard}; capturing again took another way"
+            )
+        return made
+
+    def _accepting(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Capture | None:
+        for variant in self.variants:
+            if variant.accepts(module, *args, **kwargs):
+                return variant
+        return None
+
+    def _continuing(self, replay: Replay) -> Capture | None:
+        for variant in self.variants:
+            if replay.can_continue(variant):
+                return variant
+        return None
+
+    def _not_while_compiling(self) -> None:
+        kind = self.variants[0].kind
+        if torch.compiler.is_dynamo_compiling():
+            # An error with this text under fullgraph; elsewhere the call goes on uncompiled.
+            private.graph_break(f"{kind}: {_NOT_NOW}: {_HINT}")
+        elif torch.compiler.is_compiling():
+            raise CaptureError(f"{kind}: {_NOT_NOW}", hint=_HINT)
+
+    def _capture(
         self,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        guard: Guard | None = None,
+        why: str,
     ) -> Capture:
-        """A new variant for this call."""
+        """A new variant for this call, published whole; the lock is held."""
         first = self.variants[0]
-        if torch.compiler.is_dynamo_compiling():
-            # An error with this text under fullgraph; elsewhere the call goes on uncompiled.
-            private.graph_break(f"{first.kind}: {_NOT_NOW}: {_HINT}")
-        elif torch.compiler.is_compiling():
-            raise CaptureError(f"{first.kind}: {_NOT_NOW}", hint=_HINT)
-        why = str(guard) if guard is not None else self._why_not(module, args, kwargs)
-        with self._lock:
-            if len(self.variants) >= self._limit:
-                raise CaptureError(f"{first.kind}: {len(self.variants)} variants already; {why}")
-            made = self._edit(capture(module, args, kwargs, inline=first.inline))
-            self.variants = (*self.variants, made)
+        if len(self.variants) >= self._limit:
+            raise CaptureError(f"{first.kind}: {len(self.variants)} variants already; {why}")
+        made = self._edit(capture(module, args, kwargs, inline=first.inline))
+        self.variants = (*self.variants, made)
         return made
 
     def _why_not(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
