@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -181,7 +182,7 @@ def _load(path: Path, saved: Manifest, model: nn.Module) -> None:
     sections = {**saved.transient, **saved.state}
     wanted = {name: entry for name, entry in sections.items() if name in where}
     used: set[int] = set()
-    total = sum(saved.files[name].bytes for name in {entry.file for entry in wanted.values()})
+    total = sum(_nbytes(entry) for entry in wanted.values())
     with progress.task("loading", total, "bytes") as task:
         for name, tensor in _tensors(path, wanted):
             task.advance(tensor.numel() * tensor.element_size())
@@ -225,6 +226,10 @@ def _tensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[s
             else:
                 laid_out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
                 yield name, laid_out.copy_(tensor)
+
+
+def _nbytes(entry: TensorEntry) -> int:
+    return math.prod(entry.shape) * tensorfile.WIDTHS[entry.dtype]
 
 
 def _fill(place: Place, tensor: Tensor, used: set[int]) -> None:

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,9 @@ _NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, e
 #: What a network file system answers that cannot lock a folder.
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_HANDLE = -1
+
+# Two renames must not interleave with those of another thread.
+_placing = threading.Lock()
 
 
 @contextmanager
@@ -56,7 +60,8 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Generator[Path]:
         yield work
         _flush(work)
         _check_target(target, check)
-        _put_in_place(work, target)
+        with _placing:
+            _put_in_place(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -125,8 +130,7 @@ def _work_folder(target: Path) -> tuple[Path, int]:
 
 
 def _put_in_place(work: Path, target: Path) -> None:
-    if not target.exists():
-        work.rename(target)
+    if _move(work, target):
         _flush_folder(target.parent)
         return
     if _exchange(work, target):
@@ -144,6 +148,17 @@ def _put_in_place(work: Path, target: Path) -> None:
     _flush_folder(target.parent)
     _remove(old)
     _unlock(lock)
+
+
+def _move(work: Path, target: Path) -> bool:
+    """Rename where nothing, or an empty folder, is in the way; False if something is."""
+    try:
+        work.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        return False
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -42,6 +42,8 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+#: Bytes per element by the format's name of a dtype.
+WIDTHS = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _CHUNK = 1 << 24
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package

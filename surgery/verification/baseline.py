@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.editing import repeat, undo
-from surgery.errors import SurgeryError
+from surgery.errors import ContractBroken
 from surgery.record import Operation, Record, record_of
 from surgery.tree import named_modules, named_parameters, own_parameters
 from surgery.verification.copies import same_bits, share_what_is_equal, sharing
@@ -35,7 +35,8 @@ def undone(model: nn.Module, record: Record) -> Undone:
     given up again where they come out as they went in.
 
     Raises:
-        SurgeryError: a rewrite cannot be undone, or undo wrote where no edit said it would.
+        ModelStateError: a rewrite cannot be undone, or the model cannot be copied.
+        ContractBroken: undo wrote where no edit said it would.
     """
     copied = sharing(model, owned=writable(model, record))
     before = dict(named_parameters(copied))
@@ -99,7 +100,8 @@ def _check_untouched(model: nn.Module, versions: Mapping[str, int]) -> None:
     written = [name for name in versions if now.get(name) != versions[name]]
     if written:
         passes = sorted({edit.pass_name for edit in record.edits} if record else ())
-        raise SurgeryError(
-            f"undo wrote to {written[0]}, which no edit of {', '.join(passes)} declares",
-            hint="a pass must name every parameter that it writes to in Edit.uses",
+        raise ContractBroken(
+            f"undo, run on a copy, wrote to {written[0]}, which no edit of {', '.join(passes)} "
+            "names; the copy shares it with the model, which is changed now",
+            hint="load the model again; the pass must name in Edit.uses what it writes to",
         )

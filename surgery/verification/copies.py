@@ -7,6 +7,7 @@ the model; its parameters are new objects over the same memory.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,6 +66,12 @@ def share_what_is_equal(model: nn.Module, original: nn.Module) -> None:
                     done[id(parameter)] = parameter
             own = cast("dict[str, nn.Parameter]", module.__dict__["_parameters"])
             own[key] = done[id(parameter)]
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a DTensor: its other shards lie in other processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def _can_share(parameter: nn.Parameter) -> bool:

@@ -15,10 +15,10 @@ from surgery.errors import ModelStateError, SourceError, SurgeryError
 from surgery.record import Contract, Record, record_of
 from surgery.sources import Example, infer_example, variants
 from surgery.table import human_count
-from surgery.tree import named_parameters
+from surgery.tree import named_modules, named_parameters
 from surgery.verification import structure
 from surgery.verification.baseline import Undone, applied_again, is_at_init, undone
-from surgery.verification.copies import sharing
+from surgery.verification.copies import is_sharded, sharing
 from surgery.verification.insertions import Probe
 from surgery.verification.measure import Bounds, Measured, compare_runs, measure
 from surgery.verification.report import Report, Row, Unchecked
@@ -61,14 +61,13 @@ def verify(
 
     Raises:
         ModelStateError: nothing was applied to the model and no baseline is given.
+        ContractBroken: undo wrote to a weight that no edit names; see ``Report.check`` for
+            everything else that is broken.
         SourceError: ``example`` is not something a model can be called with.
     """
     record = record_of(model)
     if record is None and baseline is None:
-        raise ModelStateError(
-            "nothing to verify: no rewrite was applied to this model",
-            hint="pass the root module that surgery.apply was given, or a baseline to compare with",
-        )
+        raise _nothing_to_verify(model)
     check = _Verification(model, record or Record(), gradients=gradients)
     check.contract = _contract(check.record, rtol, atol)
     with progress.task("verifying"):
@@ -79,6 +78,19 @@ def verify(
         check.numbers(None if example is None else Example.coerce(example))
     contract = None if check.drifted else check.contract
     return Report(contract, tuple(check.rows), tuple(check.unchecked))
+
+
+def _nothing_to_verify(model: nn.Module) -> ModelStateError:
+    inside = next((path for path, part in named_modules(model) if record_of(part)), None)
+    if inside is not None:
+        return ModelStateError(
+            f"the rewritten model is {inside!r} inside this {type(model).__name__}",
+            hint=f"verify that: surgery.verify(model.{inside})",
+        )
+    return ModelStateError(
+        "nothing to verify: no rewrite was applied to this model",
+        hint="pass the root module that surgery.apply was given, or a baseline to compare with",
+    )
 
 
 def _contract(record: Record, rtol: float | None, atol: float | None) -> Contract:
@@ -137,9 +149,12 @@ class _Verification:
             self.stock = sharing(given)
             self.skip("parameter identity", "the baseline was given, and is another object")
             return
+        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+            self._without_baseline("its parameters are sharded over processes")
+            return
         try:
             found = undone(self.model, self.record)
-        except SurgeryError as error:
+        except ModelStateError as error:
             self._without_baseline(error.message)
         else:
             self._keep(found)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import LowRank, Path, Rule, adapters
+from surgery import LowRank, Path, Rule, adapters, progress
 from surgery.errors import CheckpointError, ModelStateError
+from surgery.progress import Task
 from surgery.record import record_of
 from surgery.sources import Example
 from surgery.verification.outputs import compare, leaves
@@ -375,6 +376,42 @@ def test_restored_on_meta_is_structure_only(tmp_path: FilePath) -> None:
     restored = surgery.restore(surgery.save(model, tmp_path / "out"), device="meta")
     assert {p.device.type for p in restored.parameters()} == {"meta"}
     assert list(restored.state_dict()) == list(model.state_dict())
+
+
+def test_saved_again_it_is_the_same_folder(tmp_path: FilePath) -> None:
+    model, _ = rewritten("gpt2")
+    # transformers notes the dtype in the config of a model that it did not build by hand.
+    first = surgery.save(model, tmp_path / "first")
+    one = surgery.save(surgery.restore(first), tmp_path / "one")
+    two = surgery.save(surgery.restore(one), tmp_path / "two")
+    assert {each.name for each in one.iterdir()} == {each.name for each in two.iterdir()}
+    for each in one.iterdir():
+        assert each.read_bytes() == (two / each.name).read_bytes(), each.name
+
+
+def test_progress_comes_to_its_end(tmp_path: FilePath) -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.tasks: list[Task] = []
+
+        def started(self, task: Task) -> None:
+            self.tasks.append(task)
+
+        def advanced(self, task: Task) -> None:
+            assert task.total is None or task.done <= task.total
+
+        def finished(self, task: Task) -> None:
+            assert task.total is None or task.done == task.total, task.title
+
+    listener = Listener()
+    model, _ = rewritten("gpt2")
+    with progress.listen(listener):
+        surgery.restore(surgery.save(model, tmp_path / "whole"))
+        folder = surgery.save(model, tmp_path / "adapter", adapter_only=True)
+        surgery.restore(folder, model=zoo.build("gpt2")[0])
+    titles = [task.title for task in listener.tasks]
+    assert titles[:3] == ["saving", "checking files", "loading"]
+    assert "hashing stock weights" in titles
 
 
 class Odd(nn.Module):

@@ -205,8 +205,20 @@ class Round(Graft):
         layer.weight.detach().copy_(context.kept[f"{edit.site}.weight"])
 
 
+@dataclass(frozen=True, config=_OPTIONS)
+class Vandal(Graft):
+    """Writes, when it is undone, to a weight that its edits do not name."""
+
+    name: ClassVar[str] = "vandal"
+
+    def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        super().revert(model, edit, context)
+        with torch.no_grad():
+            model.get_parameter("second.weight").zero_()
+
+
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the passes of this file known for the length of a test."""
-    for cls in (Graft, Rename, Round):
+    for cls in (Graft, Rename, Round, Vandal):
         monkeypatch.setitem(PASSES._builtin, cls.name, f"{__name__}:{cls.__name__}")
         monkeypatch.setitem(PASSES._loaded, cls.name, cls)

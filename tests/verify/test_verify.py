@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import surgery
 from surgery.errors import ContractBroken, ModelStateError
 from surgery.record import record_of
-from surgery.rules import Rule
+from surgery.rules import Path, Rule
 from surgery.verification import Report, Row
 from tests import zoo
-from tests.verify.rewrites import Graft, Round
+from tests.verify.rewrites import Graft, Round, Vandal
 
 MODELS = ["bert", "gpt2", "t5", "mixtral", "timm_efficientnet", "timm_swin", "AutoencoderKL"]
 
@@ -293,6 +293,21 @@ def test_sizes_and_flops_before_and_after() -> None:
 def test_nothing_to_verify() -> None:
     with pytest.raises(ModelStateError, match="nothing to verify"):
         surgery.verify(net(), x())
+
+
+def test_a_wrapper_is_refused_with_what_to_verify() -> None:
+    model = net()
+    surgery.apply(model, Rule(Graft()))
+    with pytest.raises(ModelStateError, match="'module' inside this DataParallel") as info:
+        surgery.verify(nn.DataParallel(model), x())
+    assert "surgery.verify(model.module)" in info.value.hint
+
+
+def test_undo_that_writes_where_no_edit_says_so_is_not_passed_over() -> None:
+    model = net()
+    surgery.apply(model, Rule(Vandal(), where=Path("first")))
+    with pytest.raises(ContractBroken, match=r"wrote to second\.weight, which no edit of vandal"):
+        surgery.verify(model, x())
 
 
 def test_the_report_as_data_and_as_an_error() -> None:
