@@ -254,7 +254,7 @@ def as_recipe(recipe: RecipeLike) -> Recipe:
     if isinstance(recipe, str | PathLike):
         return Recipe.load(recipe)
     rules = list(recipe) if isinstance(recipe, list | tuple) else []
-    if rules and all(isinstance(rule, Rule) for rule in rules):
+    if rules and all(isinstance(rule, Rule) for rule in rules):  # pyright: ignore[reportUnnecessaryIsInstance]
         return Recipe(rules=rules)
     raise RuleError(
         f"expected a recipe, received {type(recipe).__name__}",

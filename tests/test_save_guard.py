@@ -22,7 +22,7 @@ from tests import zoo
 MODELS = ["llama", "bert", "gpt2", "UNet2DConditionModel", "AutoencoderKL"]
 
 
-def rewritten(name: str, where: Path | None = None) -> tuple[nn.Module, Any]:
+def rewritten(name: str, where: surgery.Where | None = None) -> tuple[nn.Module, Any]:
     model, example = zoo.build(name)
     surgery.apply(model, Rule(LowRank(rank=2), where=where))
     with torch.no_grad():
