@@ -260,7 +260,8 @@ class Own(nn.Module):
 
 
 def own(**sizes: int) -> Own:
-    model = zoo.perturb(Own(**sizes)).eval()
+    model = Own(**sizes)
+    zoo.perturb(model).eval()
     model.scale.fill_(1.5)
     return model
 
