@@ -138,7 +138,7 @@ TIMM = (
     _timm("resmlp_12_224", img_size=64),
     _timm("gmlp_ti16_224", img_size=64),
     _timm("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
-    _timm("vgg11_bn", num_features=64),
+    _timm("repvit_m0_9"),
     _timm("regnety_002"),
     _timm("mobilenetv3_small_050"),
     _timm("mobilenetv4_hybrid_medium"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import surgery
 from surgery import LowRank, Path, Rule, adapters
 from surgery.capture import trace_model
+from surgery.select import ModelMap
 
 pytestmark = [
     # torchao and diffusers announce their own changes while they are imported.
@@ -81,3 +82,49 @@ def test_infinity_in_a_configuration_survives_saving(tmp_path: FilePath) -> None
     surgery.apply(model, Rule(LowRank(rank=2)))
     surgery.save(model, tmp_path / "saved")
     assert tuple(surgery.restore(tmp_path / "saved").config.time_step_limit) == tuple(limit)
+
+
+class ScaledConv(nn.Conv2d):
+    """Has a second parameter of the rank of its weight, as the convolutions of NFNets have."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.gain = nn.Parameter(torch.randn(4, 1, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self._conv_forward(input, self.weight * self.gain, self.bias)
+
+
+def test_other_parameters_of_an_adapted_layer_are_left_alone() -> None:
+    model, x = nn.Sequential(ScaledConv()), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    surgery.apply(model, Rule(LowRank(rank=2)))
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        for tensor in adapters.parameters(model):
+            tensor.normal_()
+    A, B = (tensor.detach() for tensor in adapters.parameters(model))
+    layer = model[0]
+    weight = (layer._parameters["weight"] + (B @ A).view(4, 3, 3, 3)) * layer.gain
+    expected = nn.functional.conv2d(x, weight, layer.bias)
+    # float32 sums of 27 products.
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_feed_forward_beside_an_attention_is_one() -> None:
+    class Parallel(nn.Module):
+        """The shortcut meets the attention first and the feed-forward then, as in Cohere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.mix, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            h = self.norm(x)
+            return self.last(x + self.mix(h) + self.down(torch.relu(self.up(h))))
+
+    roles = ModelMap(Parallel(), torch.randn(2, 5, 8)).roles
+    assert (roles["up"].name, roles["down"].name) == ("mlp.in", "mlp.out")

@@ -53,11 +53,15 @@ class WeightHost(_Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        # Of a layer's parameters only the weight is more than a vector.
         if name not in self.__dict__["_parameters"] or value is None or value.dim() < 2:
             return value
         bank = bank_of(self, name)
-        if bank is None or (type(value) not in _PLAIN and not _computing()):
+        # A layer has one bank, and may have other parameters than the one it belongs to.
+        if (
+            bank is None
+            or bank.parameter != name
+            or (type(value) not in _PLAIN and not _computing())
+        ):
             # What became a shard since is only looked at by whoever shards it, until it is whole
             # again for the forward.
             return value

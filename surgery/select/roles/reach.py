@@ -69,9 +69,21 @@ def joins_residual(flow: Dataflow, start: fx.Node, use: Use, *, straight: bool =
             continue
         for other in operands(user):
             alike = shape(other) == shape(user)
-            if other is not node and alike and _precedes(flow, other, start):
+            if other is node or not alike:
+                continue
+            if any(_precedes(flow, part, start) for part in _summands(flow, other, start)):
                 return True
     return False
+
+
+def _summands(flow: Dataflow, node: fx.Node, start: fx.Node) -> Iterator[fx.Node]:
+    """What was added up in ``node`` after ``start``: a parallel branch beside the shortcut."""
+    if op_kind(node) is not Kind.ADD or flow.order[node] < flow.order[start]:
+        yield node
+        return
+    for part in operands(node):
+        if shape(part) == shape(node):
+            yield from _summands(flow, part, start)
 
 
 def _precedes(flow: Dataflow, early: fx.Node, late: fx.Node) -> bool:
