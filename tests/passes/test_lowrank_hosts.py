@@ -201,6 +201,18 @@ def test_identity_keys_copies_and_undo(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.dropout])
+def test_branch_that_could_drop_computes_the_same(name: str) -> None:
+    """With a probability that never strikes, for layers that go another way without dropout."""
+    kind = KINDS[name]
+    module, x = build(name, torch.float64)
+    stock = copy.deepcopy(module)
+    adapt(module, dropout=1e-15)
+    randomise(module)
+    reference = changed_by_hand(kind, stock, module)
+    torch.testing.assert_close(module.train()(x), reference(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.dropout])
 def test_dropout_drops_and_keeps_the_mean(name: str) -> None:
     module, x = build(name, torch.float64)
     if x.numel() == 0:

@@ -1,4 +1,7 @@
-"""Convolutions: A as a kernel of the same size with rank channels, then B at every position."""
+"""Convolutions: A as a kernel of the same size with rank channels, then B at every position.
+
+Grouped ones are convolved with the changed weight instead.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch.nn import functional
 from architectures.adapters import Adapter
 from surgery.passes.hosts.bank import bank_of
 from surgery.passes.hosts.branch import add_branch, add_scaled_branch, in_dtype_of
+from surgery.passes.hosts.weight import changed_weight
 
 if TYPE_CHECKING:
     _Conv = nn.Conv2d
@@ -29,12 +33,15 @@ class _ConvHost(_Conv):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
         """Maps x (batch, in, *positions) to (batch, out, *positions); the batch may be missing."""
-        output = super().forward(input)
         bank = bank_of(self)
         if bank is None:
-            return output
-        plain = output
-        for adapter, share in bank.counting():
+            return super().forward(input)
+        counting = bank.counting()
+        if _is_cheaper_folded(self, counting):
+            weight = changed_weight(bank, self.weight)
+            return self._conv_forward(input, weight, self.bias)
+        plain = output = super().forward(input)
+        for adapter, share in counting:
             branch = _branch(self, adapter, input)
             if not adapter.scales_rows:
                 output = add_branch(output, branch, share * adapter.scaling)
@@ -60,6 +67,16 @@ class Conv2dHost(_ConvHost, nn.Conv2d):
 
 class Conv3dHost(_ConvHost, nn.Conv3d):
     """An ``nn.Conv3d`` with adapters. Stands right above it among its class's ancestors."""
+
+
+def _is_cheaper_folded(layer: nn.Conv2d, counting: list[tuple[Adapter, float]]) -> bool:
+    """Whether to convolve with the changed weight.
+
+    A branch of a grouped convolution has rank channels per group, many times the layer's own
+    where it is depthwise, and the weight is small.
+    """
+    drops = layer.training and any(adapter.dropout for adapter, _ in counting)
+    return layer.groups > 1 and not drops and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def _branch(layer: nn.Conv2d, adapter: Adapter, x: Tensor) -> Tensor:
