@@ -228,6 +228,18 @@ KINDS: dict[str, Kind] = {
         stacked=True,
         dropout=False,
     ),
+    # Its fast path hands the weights of its children to one fused operator.
+    "encoder layer": Kind(
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        _contiguous(2, 5, 8),
+        {
+            "self_attn.in_proj_weight": "weight",
+            "self_attn.out_proj": "weight",
+            "linear1": "weight",
+            "linear2": "weight",
+        },
+        dropout=False,
+    ),
     "attention": Kind(
         Attention,
         _contiguous(2, 5, 8),
