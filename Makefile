@@ -51,7 +51,7 @@ types: $(VENV)/.installed ## Check types
 	$(BIN)/pyright
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in benchmarks/lora_*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
 	$(BIN)/python -m tests.test_public_api
