@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types bench api clean
+.PHONY: help setup demo test lint types sweep bench api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -49,6 +49,9 @@ lint: $(VENV)/.installed ## Check format, lint rules and import floors
 
 types: $(VENV)/.installed ## Check types
 	$(BIN)/pyright
+
+sweep: $(VENV)/.installed ## Try low-rank adapters on over a hundred models that no other test has
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep.lowrank_sweep
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in benchmarks/lora_*.py; do echo "== $$script"; $(BIN)/python $$script; done

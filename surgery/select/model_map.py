@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.errors import CaptureError
 from surgery.record import record_of
 from surgery.select.roles import Role, resolve_roles
 from surgery.select.sites import Site, bare_parameters, is_layer, own_parameters, walk
@@ -120,7 +121,16 @@ class ModelMap:
         """Path of every site that the traced forward uses → its role."""
         if self._base is not None:
             return self._base.roles
-        return resolve_roles(self.model, self._resolved_example)
+        try:
+            return resolve_roles(self.model, self._resolved_example)
+        except CaptureError as error:
+            inferred = "" if self.example is not None else ", which was inferred"
+            shapes = ", ".join(str(list(t.shape)) for t in self._resolved_example.tensors())
+            raise CaptureError(
+                error.message,
+                hint=f"if the model cannot be called with the example{inferred} (tensors of "
+                f"{shapes}), pass another: example=",
+            ) from error
 
     @cached_property
     def _resolved_example(self) -> Example:

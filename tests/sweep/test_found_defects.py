@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import LowRank, Path, Rule, adapters
+from surgery import CaptureError, LowRank, Path, Role, Rule, adapters
 from surgery.capture import trace_model
 from surgery.select import ModelMap
 
@@ -128,3 +128,9 @@ def test_a_feed_forward_beside_an_attention_is_one() -> None:
 
     roles = ModelMap(Parallel(), torch.randn(2, 5, 8)).roles
     assert (roles["up"].name, roles["down"].name) == ("mlp.in", "mlp.out")
+
+
+def test_a_failed_trace_says_which_example_the_model_was_given() -> None:
+    rule = Rule(LowRank(rank=2), where=Role("attention"))
+    with pytest.raises(CaptureError, match=r"cannot be called with the example .*\[2, 7\]"):
+        surgery.plan(nn.Sequential(nn.Linear(4, 4)), rule, example=torch.randn(2, 7))
