@@ -24,6 +24,7 @@ from surgery.sources.weights import WeightFiles
 LIBRARY = "timm"
 
 _UNEXPECTED_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
+_FIXED_ARGUMENT = re.compile(r"got multiple values for keyword argument '(\w+)'")
 
 # Arguments of create_model that are not the architecture's: load has its own word for each.
 _RESERVED = {
@@ -202,6 +203,13 @@ def _explained(name: str, error: Exception) -> SourceError:
         key = unexpected.group(1)
         return SourceError(
             f"config: timm's {name} takes no {key!r}", hint=suggest(key, _arguments(name))
+        )
+    fixed = _FIXED_ARGUMENT.search(str(error))
+    if isinstance(error, TypeError) and fixed:
+        return SourceError(
+            f"config: {fixed.group(1)!r} is what timm's name {name!r} stands for, and cannot be "
+            "overridden",
+            hint="load another name of the family that has the value you want",
         )
     return SourceError(f"timm could not build {name!r}: {error}")
 

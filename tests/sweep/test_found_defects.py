@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import CaptureError, LowRank, Path, Role, Rule, adapters
+from surgery import CaptureError, LowRank, Path, Role, Rule, SourceError, adapters
 from surgery.capture import trace_model
 from surgery.select import ModelMap
 
@@ -134,3 +134,8 @@ def test_a_failed_trace_says_which_example_the_model_was_given() -> None:
     rule = Rule(LowRank(rank=2), where=Role("attention"))
     with pytest.raises(CaptureError, match=r"cannot be called with the example .*\[2, 7\]"):
         surgery.plan(nn.Sequential(nn.Linear(4, 4)), rule, example=torch.randn(2, 7))
+
+
+def test_an_argument_that_the_name_of_a_timm_model_fixes() -> None:
+    with pytest.raises(SourceError, match=r"'patch_size' is what timm's name 'mixer_s32_224'"):
+        surgery.load("timm:mixer_s32_224", config={"patch_size": 8})
