@@ -10,6 +10,8 @@ from functools import lru_cache
 from surgery.rules.match import parse_comparison
 
 _NO_SIZE = 0.9
+# A segment too many or too few is a smaller slip than another word in its place.
+_GAP = 0.6
 
 
 @lru_cache(maxsize=65536)
@@ -39,16 +41,16 @@ def _alignment(pattern: Sequence[str], path: Sequence[str]) -> float:
     """Edit distance over segments, ``**`` free, as a share of the longer of the two."""
     row = [0.0]
     for _ in path:
-        row.append(row[-1] + 1.0)
+        row.append(row[-1] + _GAP)
     for part in pattern:
         wild = part == "**"
-        above, row = row, [row[0] + (0.0 if wild else 1.0)]
+        above, row = row, [row[0] + (0.0 if wild else _GAP)]
         for at, segment in enumerate(path):
             if wild:
                 row.append(min(row[at], above[at + 1]))
                 continue
             change = above[at] + _segment_distance(part, segment)
-            row.append(min(change, row[at] + 1.0, above[at + 1] + 1.0))
+            row.append(min(change, row[at] + _GAP, above[at + 1] + _GAP))
     fixed = sum(part != "**" for part in pattern)
     return min(1.0, row[-1] / max(1, fixed, len(path) if "**" not in pattern else 0))
 

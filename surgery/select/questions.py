@@ -17,6 +17,9 @@ from surgery.select.stacks import Stack
 
 Ask = Callable[[Site], Match]
 
+# A miss is never at distance 0, however much alike the words are.
+_LEAST = 0.01
+
 
 @dataclass(frozen=True)
 class Question:
@@ -103,7 +106,7 @@ def _path(sites: ModelMap, patterns: Sequence[str], site: Site) -> Match:
         if any(rules.path_matches(pattern, path) for path in paths):
             return Match.yes(f"path matches {pattern!r}", "path")
     distance = min(path_distance(pattern, path) for pattern in patterns for path in paths)
-    return Match.no(f"path does not match {_or(patterns)}", "path", distance)
+    return Match.no(f"path does not match {_or(patterns)}", "path", max(_LEAST, distance))
 
 
 def _type(wanted: Sequence[str], site: Site) -> Match:
@@ -112,7 +115,7 @@ def _type(wanted: Sequence[str], site: Site) -> Match:
             return Match.yes(f"it is a {name}", "type")
     bases = [cls.__name__ for cls in site.stock.__mro__[:-2]]
     ends = [name.rpartition(".")[2] for name in wanted]
-    distance = min(word_distance(end, base) for end in ends for base in bases)
+    distance = max(_LEAST, min(word_distance(end, base) for end in ends for base in bases))
     return Match.no(f"it is a {site.what}, not {_or(wanted, quote=False)}", "type", distance)
 
 
@@ -184,7 +187,7 @@ def _in_no_stack(sites: ModelMap, where: Where, site: Site) -> Match:
     known = [stack.path for stack in sites.stacks]
     wanted = _or(where.stack)
     hint = suggest(where.stack[0], known)
-    distance = min(word_distance(name, found[0].path) for name in where.stack)
+    distance = max(_LEAST, min(word_distance(name, found[0].path) for name in where.stack))
     return Match.no(f"it is in stack {found[0]}, not {wanted}; {hint}", key, distance)
 
 

@@ -89,9 +89,12 @@ def _nearest(
 ) -> tuple[tuple[str, str], ...]:
     """The sites that missed by least; of like sites in several layers only the first."""
     untraced = [*cheap, Question(lambda site: _accepted(accepts, site))]
+    # As in the selection itself, a trace is worth its price only if something else passed.
+    worth = any(not _misses(untraced, site) for site in candidates)
+    asked = [*untraced, *tracing] if worth else untraced
     ranked: list[tuple[float, str, str]] = []
     for site in candidates:
-        misses = _misses(untraced, site) or _misses(tracing, site)
+        misses = _misses(asked, site)
         distance = sum(miss.distance for miss in misses)
         ranked.append((distance, site.path, "; ".join(miss.reason for miss in misses)))
     ranked.sort(key=lambda entry: entry[0])

@@ -83,8 +83,8 @@ def _lists(path: str, module: nn.Module) -> Iterator[Stack]:
         found, covered = [], set[str]()
     yield from found
     inside = [s for at, child in children if at not in covered for s in _lists(at, child)]
-    if not found and not inside and is_container(module) and len(children) == 1:
-        yield from _list_of_one(path, children[0])
+    if not found and not inside and len(children) == 1:
+        yield from _list_of_one(path, module, children[0])
     yield from inside
 
 
@@ -103,7 +103,9 @@ def _list_stacks(path: str, module: nn.Module) -> list[Stack]:
     return [_stack(path, run, whole=len(run) == len(children)) for run in runs if len(run) > 1]
 
 
-def _list_of_one(path: str, only: Named) -> Iterator[Stack]:
+def _list_of_one(path: str, holder: nn.Module, only: Named) -> Iterator[Stack]:
+    if not isinstance(holder, nn.ModuleList | nn.Sequential) or any(_siblings(*only)):
+        return
     layer = _Layer(only[1])
     if layer.weights > 1 and layer.keeps_width:
         yield _stack(path, [only], whole=True)

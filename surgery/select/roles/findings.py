@@ -35,7 +35,7 @@ class Findings:
         for site, names in self.names.items():
             first, *also = names
             reason = "; ".join(names.values())
-            slices = sorted(self.slices.get(site, {}).items(), key=lambda part: part[1][:1])
+            slices = sorted(self.slices.get(site, {}).items(), key=_first_feature)
             found[site] = Role(first, reason, dict(slices), tuple(also))
         return found
 
@@ -52,3 +52,7 @@ def other_features(taken: Iterable[Features], size: int) -> Features:
     if rest and rest[-1] - rest[0] + 1 == len(rest):
         return rest[0], rest[-1] + 1
     return rest
+
+
+def _first_feature(part: tuple[str, Features]) -> int:
+    return next(iter(part[1]), 0)
