@@ -59,11 +59,16 @@ class Probe:
             return found
         self._report_buffers(found, len(names) - len(trained))
         unreached = _unreached(result, trained)
+        reached = len(trained) - len(unreached)
+        loose = unreached
         if unreached and fresh is not None:
             afresh = _unreached(self._randomised(fresh, trained), trained)
-            unreached = self._explain(found, unreached, afresh)
-        self._report_reach(found, trained, unreached)
-        self._report_change(found, result, fresh, trained)
+            loose = self._explain(found, unreached, afresh)
+        self._report_reach(found, len(trained), reached, loose)
+        if reached or loose:
+            self._report_change(found, result)
+        else:
+            found.unchecked.append(Unchecked(CHANGE, "nothing inserted is reached at the moment"))
         return found
 
     def _randomised(self, model: nn.Module, names: Sequence[str]) -> Run:
@@ -83,60 +88,57 @@ class Probe:
             reason = f"{count} inserted buffers take no gradient"
             found.unchecked.append(Unchecked(REACH, reason))
 
-    def _explain(
-        self, found: Findings, unreached: list[str], unreached_afresh: list[str]
-    ) -> list[str]:
-        """Set aside what is connected when applied anew, or lies where the example never comes."""
-        off = [name for name in unreached if name not in unreached_afresh]
-        if off:
-            reason = (
-                f"{off[0]} and {len(off) - 1} more are switched off or merged at the moment: "
-                "applied anew they are reached"
-                if len(off) > 1
-                else f"{off[0]} is switched off or merged at the moment: applied anew it is reached"
-            )
-            found.unchecked.append(Unchecked(REACH, reason))
-        rest = [name for name in unreached if name in unreached_afresh]
+    def _explain(self, found: Findings, unreached: list[str], afresh: list[str]) -> list[str]:
+        """Set aside what is reached when applied anew, or where no gradient comes anyway.
+
+        Returns:
+            The rest: what is not connected.
+        """
+        off = [name for name in unreached if name not in afresh]
+        rest = [name for name in unreached if name in afresh]
         asleep = [name for name in rest if not self._site_is_reached(name)]
-        if asleep:
-            reason = f"the example does not reach the site of {asleep[0]}"
-            more = f" and of {len(asleep) - 1} more" if len(asleep) > 1 else ""
-            found.unchecked.append(Unchecked(REACH, reason + more))
+        reasons = {
+            "switched off or merged at the moment; it is reached when applied anew": off,
+            self._why_asleep(): asleep,
+        }
+        for reason, names in reasons.items():
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                found.unchecked.append(Unchecked(REACH, f"{names[0]}{more}: {reason}"))
         return [name for name in rest if name not in asleep]
 
+    def _why_asleep(self) -> str:
+        if not self.base.gradients:
+            return "no gradient reaches it, nor perhaps its site: gradients=False"
+        return "no gradient reaches its site in the original model either"
+
     def _site_is_reached(self, name: str) -> bool:
-        """Whether the site's own stock parameters got a gradient in the original model."""
+        """Whether what the edit works on got a gradient in the original model.
+
+        A zero gate, as many networks start with, lets no gradient reach either.
+        """
         edit = next(edit for edit in self.record.edits if name in edit.adds)
         gradients = self.base.gradients
         own = [n for n in gradients if n == edit.site or n.rpartition(".")[0] == edit.site]
-        if not own:
-            return True
-        return any(_is_nonzero(gradients[n]) for n in own)
+        used = [n for n in edit.uses if n in gradients] or own
+        if not gradients:
+            return False  # unknown
+        return not used or any(_is_nonzero(gradients[n]) for n in used)
 
-    def _report_reach(self, found: Findings, names: list[str], unreached: list[str]) -> None:
-        if not unreached:
-            found.rows.append(
-                Row(REACH, "ok", detail=f"{len(names)} tensor{'' if len(names) == 1 else 's'}")
-            )
-            return
-        detail = f"{len(unreached)} of {len(names)} take no part in the forward"
-        found.rows.append(Row(REACH, "broken", where=unreached[0], detail=detail))
+    def _report_reach(self, found: Findings, total: int, reached: int, loose: list[str]) -> None:
+        if loose:
+            detail = f"{len(loose)} of {total} take no part in the forward"
+            found.rows.append(Row(REACH, "broken", where=loose[0], detail=detail))
+        elif reached:
+            found.rows.append(Row(REACH, "ok", detail=f"{reached} of {total}"))
 
-    def _report_change(
-        self, found: Findings, result: Run, fresh: nn.Module | None, names: list[str]
-    ) -> None:
+    def _report_change(self, found: Findings, result: Run) -> None:
         deviation = compare(self.base.outputs, result.outputs, rtol=0.0, atol=0.0)
-        if not deviation.equal:
+        if deviation.equal:
+            detail = "the output is that of the original model whatever they hold"
+            found.rows.append(Row(CHANGE, "broken", where="output", detail=detail))
+        else:
             found.rows.append(Row(CHANGE, "ok", deviation.worst, deviation.where))
-            return
-        if fresh is not None:
-            afresh = self._randomised(fresh, names)
-            if not compare(self.base.outputs, afresh.outputs, rtol=0.0, atol=0.0).equal:
-                reason = "everything inserted is switched off or merged at the moment"
-                found.unchecked.append(Unchecked(CHANGE, reason))
-                return
-        detail = "the output is that of the original model whatever they hold"
-        found.rows.append(Row(CHANGE, "broken", where="output", detail=detail))
 
 
 def _unreached(result: Run, names: Sequence[str]) -> list[str]:

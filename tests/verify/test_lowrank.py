@@ -106,8 +106,9 @@ def test_an_expert_that_no_token_reaches_is_unchecked() -> None:
     surgery.apply(model, Rule(LowRank(rank=2)))
     report = surgery.verify(model, torch.randn(3, 4))
     assert report.ok, str(report)
+    assert [r.detail for r in report.rows if "reached by" in r.check] == ["4 of 6"]
     (reason,) = [each.reason for each in report.unchecked]
-    assert reason.startswith("the example does not reach the site of experts.1.lowrank")
+    assert reason.startswith("experts.1.lowrank.default.lora_A and 1 more: no gradient reaches")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -141,3 +142,24 @@ def test_a_quantised_base() -> None:
     assert ("finite weights", "quantised weights are not looked into") in [
         (each.check, each.reason.partition(":")[0]) for each in report.unchecked
     ]
+
+
+def test_a_gate_at_zero_hides_an_insertion_as_it_hides_the_weight() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.gate = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.gate * self.fc(x)
+
+    model = Gated().eval()
+    surgery.apply(model, Rule(LowRank(rank=2), where=Path("fc")))
+    report = surgery.verify(model, torch.randn(3, 4))
+    assert report.ok, str(report)
+    reasons = {each.check: each.reason for each in report.unchecked}
+    assert (
+        "its site in the original model either" in reasons["inserted tensors reached by gradient"]
+    )
+    assert "nothing inserted" in reasons["random insertions change the output"]
