@@ -81,8 +81,13 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """How to rebuild ``model``: the arguments of its constructor."""
-    return {"config": _arguments(cast("Any", model).config)}
+    """How to rebuild ``model``: the arguments of its constructor.
+
+    Some classes write more than those into their configuration, for their own forward.
+    """
+    known = _parameters(type(model))
+    config = _arguments(cast("Any", model).config)
+    return {"config": {key: value for key, value in config.items() if key in known}}
 
 
 def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -124,10 +129,12 @@ def _models_like(name: str) -> list[str]:
     return close or ["UNet2DConditionModel", "DiTTransformer2DModel", "AutoencoderKL", "..."]
 
 
+def _parameters(model_class: Any) -> list[str]:
+    return [name for name in inspect.signature(model_class.__init__).parameters if name != "self"]
+
+
 def _check_names(model_class: Any, overrides: Mapping[str, Any]) -> None:
-    parameters = [
-        name for name in inspect.signature(model_class.__init__).parameters if name != "self"
-    ]
+    parameters = _parameters(model_class)
     for key in overrides:
         if key not in parameters:
             raise SourceError(

@@ -12,6 +12,7 @@ import surgery
 from surgery import CaptureError, LowRank, Path, Role, Rule, SourceError, adapters
 from surgery.capture import trace_model
 from surgery.select import ModelMap
+from surgery.sources import describe, rebuild
 
 pytestmark = [
     # torchao and diffusers announce their own changes while they are imported.
@@ -139,3 +140,17 @@ def test_a_failed_trace_says_which_example_the_model_was_given() -> None:
 def test_an_argument_that_the_name_of_a_timm_model_fixes() -> None:
     with pytest.raises(SourceError, match=r"'patch_size' is what timm's name 'mixer_s32_224'"):
         surgery.load("timm:mixer_s32_224", config={"patch_size": 8})
+
+
+def test_a_configuration_with_more_than_the_constructor_takes_is_rebuilt() -> None:
+    config = {
+        "down_block_out_channels": [8, 16],
+        "up_block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "norm_num_groups": 4,
+    }
+    model = surgery.load("diffusers:AsymmetricAutoencoderKL", config=config)
+    description = describe(model)
+    assert description is not None
+    assert list(rebuild(description).state_dict()) == list(model.state_dict())
