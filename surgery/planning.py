@@ -303,14 +303,16 @@ def _refuse_conflicts(proposed: Sequence[Edit], others: Sequence[Edit], *, appli
             for other in users.get(thing, ()):
                 if use == "extend" and other.uses[thing] == "extend":
                     continue
+                way_out = (
+                    "undo the earlier one first" if applied else "keep them apart with except:"
+                )
                 when = "was applied to this model before" if applied else "comes earlier"
                 raise Conflict(
                     f"rules {other.rule!r} and {edit.rule!r} both change {thing} at "
                     f"{edit.site}: {other.rule!r} ({other.summary}) {when}, "
                     f"{edit.rule!r} would {edit.summary}",
-                    hint="undo the earlier one first"
-                    if applied
-                    else "keep them apart with except:, or give them different names",
+                    hint=f"{way_out}, or give what they add different names "
+                    "(for lowrank, adapter: NAME)",
                 )
 
 
