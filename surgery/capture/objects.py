@@ -8,7 +8,8 @@ plays along to know what comes back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -17,6 +18,20 @@ from surgery.capture.structure import class_of
 
 if TYPE_CHECKING:
     from surgery.capture.tracer import Tracer
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a call that stopped at a guard had done by then.
+
+    Attributes:
+        names: The nodes it had passed.
+        values: The results that are still there, by node name.
+    """
+
+    names: frozenset[str]
+    values: Mapping[str, Any]
+
 
 _SLOTS = ("_tracer", "_fx_node", "_shadow")
 

@@ -18,11 +18,11 @@ from surgery.capture.clone import Clones
 from surgery.capture.codegen import Code, Miss, generate
 from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
-from surgery.capture.objects import is_object
+from surgery.capture.objects import Past, is_object
 from surgery.capture.settle import settle
 from surgery.capture.structure import class_of, map_structure, tensors
 from surgery.capture.tracer import Options, Tracer, is_static
-from surgery.capture.values import is_proxy, is_symbol
+from surgery.capture.values import is_proxy, is_symbol, plain
 from surgery.errors import CaptureError
 
 
@@ -39,6 +39,8 @@ class Capture:
         constants: Tensors that belong to no module, by ``get_attr`` target.
         code: The generated Python; ``source`` is its text.
         inline: Paths of the children whose forward is part of the graph.
+        function: The forward that was traced, without its ``self``; None when it was one of the
+            instance's own.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Capture:
     constants: Mapping[str, torch.Tensor]
     code: Code
     inline: tuple[str, ...]
+    function: Callable[..., Any] | None = None
     _accepts: Callable[..., bool] = dataclasses.field(init=False, repr=False, compare=False)
     _run: Callable[..., Any] = dataclasses.field(init=False, repr=False, compare=False)
     _bind: Callable[..., tuple[Any, ...]] = dataclasses.field(init=False, repr=False, compare=False)
@@ -125,6 +128,8 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     inline: tuple[str, ...] = (),
+    function: Callable[..., Any] | None = None,
+    past: Past | None = None,
 ) -> Capture:
     """Trace a module's own forward; each child is one call.
 
@@ -136,28 +141,40 @@ def capture(
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         inline: Dotted paths of children whose forward becomes part of the graph.
+        function: What to trace instead of the module's present forward: the one it had before
+            something was grafted over it. Takes the module first.
+        past: What a call that is under way has done to its objects already.
 
     Raises:
         CaptureError: the forward does something that cannot be followed; names the class and
             the statement.
     """
     options = Options(replayable=True)
-    return settle(lambda opts: _capture(module, args, dict(kwargs or {}), inline, opts), options)
+    plain_args, plain_kwargs = map_structure((args, dict(kwargs or {})), plain)
+    job = _Job(module, plain_args, plain_kwargs, inline, function, past)
+    return settle(functools.partial(_capture, job), options)
 
 
-def _capture(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inline: tuple[str, ...],
-    options: Options,
-) -> Capture:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What `capture` was asked for."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inline: tuple[str, ...]
+    function: Callable[..., Any] | None
+    past: Past | None
+
+
+def _capture(job: _Job, options: Options) -> Capture:
+    module, args, kwargs, function = job.module, job.args, job.kwargs, job.function
     clones = Clones(module, keep_caches=options.keep_caches)
-    traced = {"", *inline}
+    traced = {"", *job.inline}
     # A parent that is being traced runs this module on fake tensors.
     fake = private.fake_mode_of(tensors((args, kwargs)))
-    tracer = Tracer(clones, lambda path, child: path not in traced, options, fake)
-    forward = own_forward(clones.root)
+    tracer = Tracer(clones, lambda path, child: path not in traced, options, fake, job.past)
+    forward = types.MethodType(function, clones.root) if function else own_forward(clones.root)
     bound = sig.bind(forward, args, kwargs)
     before = _take_over_attributes(tracer, clones, traced)
     arguments = bound.signature.parameters
@@ -183,7 +200,8 @@ def _capture(
         signature,
         tracer.constants,
         code,
-        inline,
+        job.inline,
+        getattr(forward, "__func__", None),
     )
 
 
@@ -225,6 +243,7 @@ def _take_over_attributes(
     for path, clone in clones.at(traced):
         for name, value in list(clone.__dict__.items()):
             where = f"{path}.{name}" if path else name
+            value = plain(value)  # noqa: PLW2901  of a parent that is being traced
             if type(value) in (int, float) or name == "training":
                 clone.__dict__[name] = tracer.number(where, value)
             elif isinstance(value, torch.Tensor):

@@ -44,6 +44,7 @@ __all__ = [
     "storage_id",
     "to_fake",
     "unhandled",
+    "with_torch_function",
     "without_torch_function",
     "writes_arguments",
 ]
@@ -122,6 +123,11 @@ def wrapper(cls: type[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 # A tensor class whose ``__torch_function__`` is this is not asked: the mode has been.
 unhandled: Any = torch._C._disabled_torch_function_impl
+
+
+def with_torch_function() -> contextlib.AbstractContextManager[None]:
+    """Inside, modes are asked again, also where somebody switched that off."""
+    return torch._C._EnableTorchFunction()
 
 
 def without_torch_function() -> contextlib.AbstractContextManager[None]:

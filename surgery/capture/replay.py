@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
+from surgery.capture import analysis
 from surgery.capture.codegen import Miss
 from surgery.capture.contexts import Autocast, Change
 from surgery.capture.guards import Guard, assign, expect
+from surgery.capture.objects import Past
 from surgery.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -43,8 +45,12 @@ class Replay:
         self._passed = self._before(variant, variant.code.inline[miss.index])
 
     def disturbed(self) -> bool:
-        """True when what already ran wrote to something that outlives the call."""
+        """True when what already ran wrote to a tensor that outlives the call."""
         return any(node.meta.get("mutates") and _writes_outside(node) for node in self._passed)
+
+    def past(self) -> Past:
+        """What already ran, for a new capture of the same call."""
+        return Past(frozenset(node.name for node in self._passed), self._known)
 
     def can_continue(self, other: Capture) -> bool:
         """True when ``other`` begins with what has run and agrees with how it went on."""
@@ -57,6 +63,13 @@ class Replay:
             return False
         value, expected = parting.args
         return self._value(value, other.constants) == expected
+
+    def parting(self, other: Capture) -> str:
+        """Where ``other`` does something else than what has run, for a message."""
+        for mine, theirs in zip(self._passed, other.graph.nodes, strict=False):
+            if _differs(mine, theirs):
+                return f"{mine.format_node()} against {theirs.format_node()}"
+        return "to the same guard"
 
     def finish(self, other: Capture) -> Guard | None:
         """Run the rest of ``other``; the result is in ``result``, unless a guard is returned."""
@@ -132,6 +145,8 @@ def _differs(one: fx.Node, other: fx.Node) -> bool:
 def _writes_outside(node: fx.Node) -> bool:
     """True when a writing node's target was not made by the graph itself."""
     target = node.args[0] if node.args else None
+    if isinstance(target, fx.Node) and not analysis.holds_tensor(target):
+        return False  # an object: `Replay.past` has what became of it
     while isinstance(target, fx.Node) and target.op in ("call_method", "call_function"):
         if target.target in _FACTORIES or not target.args:
             return False

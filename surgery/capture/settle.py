@@ -33,6 +33,8 @@ def _better(options: Options, error: CaptureError) -> Options:
     for cause in _causes(error):
         if isinstance(cause, UnhashableSymbol):
             return dataclasses.replace(options, hash_symbols=True)
+        if isinstance(cause, TypeError) and "not SymbolicBool" in str(cause):
+            return dataclasses.replace(options, plain_bools=True)
         if isinstance(cause, TypeError) and "not Symbolic" in str(cause):
             return dataclasses.replace(options, plain_numbers=True)
         if isinstance(cause, KeyError):

@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import functools
 import operator
+import threading
 import types
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, cast
@@ -27,7 +28,8 @@ from surgery.capture.clone import Clones
 from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
-from surgery.capture.objects import ObjectProxy, is_object, node_of, shadow_of
+from surgery.capture.objects import ObjectProxy, Past, is_object, node_of, shadow_of
+from surgery.capture.sizes import SizeRules
 from surgery.capture.structure import class_of, leaves, map_structure, rebuild, tensors
 from surgery.capture.values import (
     SYMBOLS,
@@ -53,13 +55,15 @@ class Options:
             a guard, and each guard a node at its place. Off for a trace that is only read.
         hash_symbols: Let a symbolic number be hashed (at the price of a guard). Off at first,
             since libraries that can do without (einops) then keep it symbolic.
-        plain_numbers: Hand out comparisons of sizes and a module's own numbers as plain values
-            (with a guard each), for torch functions whose parsers refuse symbolic ones.
+        plain_bools: Hand out comparisons of sizes as plain values (with a guard each), for torch
+            functions whose parsers refuse symbolic ones.
+        plain_numbers: The same for the numbers a module holds.
         keep_caches: Keep tensors in a module's plain dicts: they are no caches after all.
     """
 
     replayable: bool = False
     hash_symbols: bool = False
+    plain_bools: bool = False
     plain_numbers: bool = False
     keep_caches: bool = False
 
@@ -72,6 +76,7 @@ class Tracer:
         is_leaf: Decides, by path and module, whether a child becomes one ``call_module`` node.
         options: See `Options`.
         fake: The mode that the inputs belong to, when they are fake already.
+        past: What a call that is under way has done to its objects already.
     """
 
     def __init__(
@@ -80,8 +85,10 @@ class Tracer:
         is_leaf: Callable[[str, nn.Module], bool],
         options: Options,
         fake: private.FakeTensorMode | None = None,
+        past: Past | None = None,
     ) -> None:
         self.options = options
+        self._past = past or Past(frozenset(), {})
         self.open = True
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
@@ -98,6 +105,9 @@ class Tracer:
         self._attributes: dict[int, fx.Node] = {}
         self._devices: dict[int, tuple[torch.device, fx.Node]] = {}
         self._written: dict[int, list[fx.Node]] = {}
+        self._measured: dict[fx.Node, list[Any]] = {}
+        self._numbers: dict[fx.Node, Symbol] = {}
+        self._size_rules = SizeRules(self._measure, self._numbers.get, clones.root.get_submodule)
         self._told: set[tuple[fx.Node, str]] = set()
         self._alive: list[Any] = []  # their ids are keys above, so they must not be freed
         self._evaluator = Evaluator(self._fetch, clones.pair)
@@ -125,10 +135,12 @@ class Tracer:
     def recording(self) -> Generator[None]:
         """Torch calls made inside are recorded."""
         self._checkpoints = Checkpoints()
+        outer, _ACTIVE.tracer = getattr(_ACTIVE, "tracer", None), self
         try:
-            with torch.enable_grad(), _Recorder(self):
+            with torch.enable_grad(), private.with_torch_function(), _Recorder(self):
                 yield
         finally:
+            _ACTIVE.tracer = outer
             self.open = False
             self._checkpoints.forget()
 
@@ -197,7 +209,8 @@ class Tracer:
             node = self._node("call_module", path, args, kwargs)
             result = self._run_fake(node, run, args, kwargs)
             requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
-            return self._wrap(node, result, requires_grad, opaque=True)
+            known = type(module).__module__.startswith("torch.nn.") and not _has_children(module)
+            return self._wrap(node, result, requires_grad, opaque=not known)
 
     # -- torch calls ---------------------------------------------------------------------------
 
@@ -268,21 +281,30 @@ class Tracer:
                 return tensor.shape
         proxy = cast(TensorProxy, tensor)
         if proxy.sizes is None:
-            node = self._node("call_function", getattr, (proxy, "shape"), {})
-            node.meta["val"] = tuple(proxy.fake.shape)
-            if self.options.replayable and proxy.node.meta.get("loose_rank"):
-                rank = len(proxy.fake.shape)
-                self.guard("rank", f"len({describe(node)})", rank, self._call(len, (node,), rank))
-            proxy.sizes = torch.Size(
-                cast(
-                    Any,
-                    [
-                        self._symbol(operator.getitem, (node, index), size)
-                        for index, size in enumerate(proxy.fake.shape)
-                    ],
-                )
-            )
+            known: list[Any] = [None] * len(proxy.fake.shape)
+            if self.options.replayable and not proxy.node.meta.get("loose_rank"):
+                known = self._size_rules.of(proxy.node)
+            if None in known:
+                own = self._measure(proxy.node)
+                known = [
+                    size if rule is None else rule for size, rule in zip(own, known, strict=True)
+                ]
+            proxy.sizes = torch.Size(known)
         return proxy.sizes
+
+    def _measure(self, tensor: fx.Node) -> list[Any]:
+        """The sizes of a tensor as sizes of that tensor, in one symbol each."""
+        if tensor in self._measured:
+            return self._measured[tensor]
+        sizes = cast(TensorSpec, tensor.meta["val"]).shape
+        node = self._call(getattr, (tensor, "shape"), sizes)
+        if self.options.replayable and tensor.meta.get("loose_rank"):
+            rank = self._call(len, (node,), len(sizes))
+            self.guard("rank", f"len({describe(node)})", len(sizes), rank)
+        self._measured[tensor] = [
+            self._symbol(operator.getitem, (node, index), size) for index, size in enumerate(sizes)
+        ]
+        return self._measured[tensor]
 
     def arithmetic(self, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """``op`` on symbolic numbers: a new symbol, nothing demanded."""
@@ -291,7 +313,7 @@ class Tracer:
             return op(*(arg.demand("number") if is_symbol(arg) else arg for arg in args))
         assumed = any(is_symbol(arg) and arg.assumed for arg in args)
         symbol = self._symbol(op, args, value, assumed=assumed)
-        if type(value) is bool and self.options.plain_numbers:
+        if type(value) is bool and self.options.plain_bools:
             return bool(symbol)
         return symbol
 
@@ -340,6 +362,11 @@ class Tracer:
 
     def emit_symbol(self, symbol: Symbol) -> fx.Node:
         """Write the node that computes a symbol."""
+        node = self._emit(symbol)
+        self._numbers[node] = symbol
+        return node
+
+    def _emit(self, symbol: Symbol) -> fx.Node:
         if symbol.op is None:
             return symbol.args[0]
         if symbol.op is read_attribute:
@@ -437,11 +464,23 @@ class Tracer:
             node = self._node("call_method", name, (proxy, *args), kwargs)
             node.meta["mutates"] = True
             node_of(proxy).meta.setdefault("written_by", []).append(node)
-            with private.no_autograd(), self._fake:
-                result = getattr(shadow, name)(*self.unwrap(args), **self.unwrap(kwargs))
+            if node.name in self._past.names:
+                result = self._past_result(node)
+            else:
+                with private.no_autograd(), self._fake:
+                    result = getattr(shadow, name)(*self.unwrap(args), **self.unwrap(kwargs))
             if result is shadow:
                 return proxy
             return self._wrap(node, result, _needs_grad((args, kwargs)), opaque=True)
+
+    def _past_result(self, node: fx.Node) -> Any:
+        """What a method gave when the call that is under way called it: once is enough."""
+        if node.name not in self._past.values:
+            raise self.error(f"the call is past {describe(node)}, whose result is gone")
+        result = self._past.values[node.name]
+        return map_structure(
+            result, lambda leaf: self._to_fake(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        )
 
     def object_truth(self, proxy: ObjectProxy) -> bool:
         """``bool(object)``."""
@@ -497,7 +536,7 @@ class Tracer:
     def copy_object(self, value: Any) -> Any:
         """A copy of an object among the inputs, for the forward to change."""
         try:
-            with _SharedTensors():
+            with private.with_torch_function(), _SharedTensors():
                 return copy.deepcopy(value)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             kind = type(value).__name__
@@ -780,7 +819,13 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if _ACTIVE.tracer is not self._tracer:  # a trace within this one is running
+            return func(*args, **(kwargs or {}))
         return self._tracer.call(func, args, kwargs or {})
+
+
+# The innermost trace of each thread: a module that a parent's trace runs may need one itself.
+_ACTIVE = threading.local()
 
 
 class _SharedTensors(TorchFunctionMode):
@@ -842,6 +887,8 @@ _COUNTED = frozenset(
 )  # fmt: skip
 # Functions whose result drops dimensions as the sizes of their argument say.
 _LOOSE_RANK = frozenset({"squeeze", "squeeze_"})
+# Functions whose result has as many dimensions as the call says.
+_GIVEN_RANK = frozenset({"view", "reshape", "expand", "permute"})
 
 
 def _counted(func: Any) -> bool:
@@ -850,9 +897,16 @@ def _counted(func: Any) -> bool:
 
 def _has_loose_rank(node: fx.Node, opaque: bool) -> bool:
     """True when the graph alone does not say how many dimensions the result has."""
-    if opaque or getattr(node.target, "__name__", node.target) in _LOOSE_RANK:
+    name = getattr(node.target, "__name__", node.target)
+    if opaque or name in _LOOSE_RANK:
         return True
+    if name in _GIVEN_RANK:
+        return False
     return any(argument.meta.get("loose_rank") for argument in node.all_input_nodes)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def _inside_placeholder(node: fx.Node) -> bool:

@@ -332,6 +332,13 @@ for _name, _method in _METHODS.items():
     setattr(Symbol, _name, _method)
 
 
+def plain(value: Any) -> Any:
+    """What stands behind a proxy of another trace: a fake tensor, or a number."""
+    if is_proxy(value):
+        return value.fake
+    return value.value if is_symbol(value) else value
+
+
 def describe(value: object) -> str:
     """A symbol as the Python that computes it: ``x.shape[1] // 2``."""
     if isinstance(value, fx.Node):

@@ -19,6 +19,7 @@ from torch import nn
 from surgery.capture import private
 from surgery.capture.codegen import Miss
 from surgery.capture.guards import Guard
+from surgery.capture.objects import Past
 from surgery.capture.own import Capture, capture
 from surgery.capture.replay import Replay
 from surgery.errors import CaptureError
@@ -110,10 +111,11 @@ class Forward:
     ) -> Capture:
         with self._lock:
             found = self._continuing(replay)  # another thread may have made it
-            made = found or self._capture(replay.module, args, kwargs, str(guard))
+            made = found or self._capture(replay.module, args, kwargs, str(guard), replay.past())
         if not replay.can_continue(made):
             raise CaptureError(
-                f"{made.kind}: captured for {guard}; capturing again took another way"
+                f"{made.kind}: captured for {guard}; capturing again took another way, "
+                f"{replay.parting(made)}"
             )
         return made
 
@@ -145,12 +147,16 @@ class Forward:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         why: str,
+        past: Past | None = None,
     ) -> Capture:
         """A new variant for this call, published whole; the lock is held."""
         first = self.variants[0]
         if len(self.variants) >= self._limit:
             raise CaptureError(f"{first.kind}: {len(self.variants)} variants already; {why}")
-        made = self._edit(capture(module, args, kwargs, inline=first.inline))
+        found = capture(
+            module, args, kwargs, inline=first.inline, function=first.function, past=past
+        )
+        made = self._edit(found)
         self.variants = (*self.variants, made)
         return made
 
