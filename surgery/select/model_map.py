@@ -135,7 +135,10 @@ class ModelMap:
     @cached_property
     def _resolved_example(self) -> Example:
         if self.example is not None:
-            return Example.coerce(self.example)
+            given = Example.coerce(self.example)
+            devices = {tensor.device.type for tensor in self.model.parameters()}
+            # Only shapes matter on meta, where nobody thinks of moving an example.
+            return given.to("meta") if devices == {"meta"} else given
         from surgery.sources import infer_example
 
         return infer_example(self.model)

@@ -21,6 +21,7 @@ from surgery.select.roles.values import (
     Projection,
     Routed,
     Scores,
+    Stream,
     Term,
     Value,
 )
@@ -97,6 +98,11 @@ def uses_in(value: Value) -> set[int]:
     return set()
 
 
+def summands(value: Value) -> set[int]:
+    """The uses of weights that a value is the sum of, or was made by."""
+    return set(value.summands) if isinstance(value, Stream) else uses_in(value)
+
+
 def bend(value: Value) -> Value:
     """A value after a nonlinearity."""
     if isinstance(value, Projection):
@@ -121,7 +127,7 @@ def join(values: Iterable[Value]) -> Value:
     scores = [part for part in live if isinstance(part, Scores)]
     if len(scores) == len(live):
         return reduce(add_scores, scores)
-    if scores or STREAM in live:
+    if scores or any(isinstance(part, Stream) for part in live):
         attended = [part for part in live if isinstance(part, Attended)]
         return Joined((*attended, STREAM)) if attended else STREAM
     projections = {p.use for p in live if isinstance(p, Projection)}

@@ -152,10 +152,10 @@ def latents(flow: Dataflow, found: Findings) -> None:
     for use in reversed(flow.evidence.uses):
         if use.kind != "linear" or found.has(use.site):
             continue
-        ahead, elsewhere = reach.next_uses(flow, use)
-        takers = [flow.evidence.uses[index] for index in ahead]
+        ahead = reach.ends_of(flow, use)
+        takers = [flow.evidence.uses[index] for index in ahead.uses]
         direct = all(taker.data == Projection(use.index) for taker in takers)
-        if takers and direct and not elsewhere and all(_projects(found, t) for t in takers):
+        if takers and direct and not ahead.elsewhere and all(_projects(found, t) for t in takers):
             found.add(use.site, "attention.latent", _LATENT)
 
 

@@ -22,6 +22,7 @@ from surgery.select.roles.algebra import (
     merge,
     owner,
     product,
+    summands,
     uses_in,
 )
 from surgery.select.roles.evidence import Evidence
@@ -58,6 +59,8 @@ from surgery.select.roles.values import (
 )
 
 _WRITTEN = "written_by"
+# Terms of a position bias: one per axis of space and time.
+_FEW = 3
 
 
 class Dataflow:
@@ -206,7 +209,10 @@ class Dataflow:
         axis = len(shape(node)) - len(windows.kernel) - 1
         pointwise = windows.single and windows.groups == 1
         made = self._apply(node, site, data, "conv", pointwise=pointwise, axis=axis)
-        if windows.groups == 1 or not isinstance(data.value, Projection) or data.value.bent:
+        whole = isinstance(data.value, Attended) or (
+            isinstance(data.value, Projection) and not data.value.bent
+        )
+        if windows.groups == 1 or not whole:
             return made
         del self._fresh[node]  # it mixes positions, not features: the projection goes through
         return data.value
@@ -247,7 +253,8 @@ class Dataflow:
         for given in data[1:]:
             if isinstance(given.value, Fixed):
                 self.evidence.norms.update(given.value.parameters)
-        return self._same(data[:1])
+        value = self._same(data[:1])
+        return STREAM if isinstance(value, Scores) else value
 
     def _make(self, node: fx.Node) -> Value:
         return Fixed()
@@ -357,7 +364,13 @@ class Dataflow:
         for one, other in ((x, y), (y, x)):
             if isinstance(one, Attended) and self._from_value_of(one, other):
                 return one
-        return x if isinstance(x, Routed) and x == y else STREAM
+        return self._mixture(x, y)
+
+    def _mixture(self, x: Value, y: Value) -> Stream:
+        """A sum of different things, which is remembered while it is a sum of few projections."""
+        parts = (summands(x), summands(y))
+        total = parts[0] | parts[1]
+        return Stream(frozenset(total)) if all(parts) and len(total) <= _FEW else STREAM
 
     def _sum_with_fixed(self, a: Operand, b: Operand) -> Value:
         live, fixed = (b, a) if isinstance(a.value, Fixed) else (a, b)
@@ -366,8 +379,7 @@ class Dataflow:
             return merge([live.value, added])
         if added.source == "float" and shape(live.node) == shape(fixed.node):
             return STREAM  # a residual around the first layer, straight from the input
-        if len(added.parameters) == 1:
-            name = added.parameters[0]
+        for name in added.parameters:
             self.evidence.shifts.setdefault(name, set()).update(uses_in(live.value))
             if self._one_per_position(live.node, fixed.node):
                 self.evidence.positions.setdefault(name, []).append(live.value)
@@ -389,7 +401,7 @@ class Dataflow:
             # What a rewrite added inside a layer is a part of that layer.
             if uses[other.use].site.startswith(f"{uses[one.use].site}."):
                 return one
-        return STREAM
+        return self._mixture(x, y)
 
     def _from_value_of(self, attended: Attended, other: Value) -> bool:
         """Whether a value is another image of what was attended to (a positional convolution)."""
@@ -406,9 +418,9 @@ class Dataflow:
         scores = cast("Scores", scores)
         if isinstance(added, Fixed):
             return replace(scores, tables=scores.tables | set(added.parameters))
-        if not uses_in(added):
+        if not summands(added):
             return STREAM  # a product of activations in a residual stream, not scores
-        return replace(scores, biases=scores.biases | uses_in(added))
+        return replace(scores, biases=scores.biases | summands(added))
 
     # -- products of elements ------------------------------------------------------------------
 
@@ -576,7 +588,7 @@ class Dataflow:
         elif isinstance(added, Fixed):
             self.evidence.tables.update(added.parameters)
         elif added is not None:
-            self.evidence.biases |= uses_in(added)
+            self.evidence.biases |= summands(added)
 
     def _attend_to(self, node: fx.Node, scores: Scores, value: Operand) -> Value:
         index = len(self.evidence.cores)
@@ -584,6 +596,8 @@ class Dataflow:
             self._note_scores(scores)
             query, key = self._query_and_key(scores)
             return self._attended(Core(index, owner(node), query, key, value, scores))
+        if scores.biases or scores.tables or len(scores.terms) > 1:
+            return STREAM  # a product that was added to something: states by now, not scores
         core = kernel_attention(index, owner(node), scores.terms[0], value, bent=scores.bent)
         return STREAM if core is None else self._attended(core)
 

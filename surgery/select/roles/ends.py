@@ -22,11 +22,11 @@ def conditioning(flow: Dataflow, found: Findings) -> None:
     for use in reversed(flow.evidence.uses if steers else []):
         if found.has(use.site):
             continue
-        ahead, elsewhere = reach.next_uses(flow, use)
-        later = ahead - {use.index}
+        ahead = reach.ends_of(flow, use)
+        later = ahead.uses - {use.index}
         behind = (
             bool(later)
-            and not elsewhere
+            and not ahead.elsewhere
             and all(
                 found.has(flow.evidence.uses[index].site, "modulation", "conditioning")
                 or index in steers
@@ -49,7 +49,7 @@ def inputs(flow: Dataflow, found: Findings, modules: Mapping[str, nn.Module]) ->
             if raw and (_tiles(modules.get(use.site)) or reach.becomes_tokens(flow, use)):
                 found.add(use.site, "embed.patch", "it turns patches of the input into states")
         elif raw or _continues_input(flow, use):
-            ahead, _ = reach.next_uses(flow, use)
+            ahead = reach.ends_of(flow, use).uses
             sites = [flow.evidence.uses[index].site for index in ahead]
             if any(found.has(site, "attention", "mlp", "embed") for site in sites):
                 found.add(use.site, "embed.input", "it turns the input into states")
@@ -79,6 +79,6 @@ def heads(flow: Dataflow, found: Findings) -> None:
     for use in reversed(flow.evidence.uses):
         if found.has(use.site):
             continue
-        ahead, elsewhere = reach.next_uses(flow, use)
-        if elsewhere and not ahead and not reach.joins_residual(flow, use.data_node, use):
+        ahead = reach.ends_of(flow, use)
+        if ahead.leaves and not ahead.uses and not reach.joins_residual(flow, use.data_node, use):
             found.add(use.site, "head", "no weight comes between it and the model's output")

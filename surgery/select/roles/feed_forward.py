@@ -10,10 +10,12 @@ from surgery.select.roles.ops import (
 )
 from surgery.select.roles.role import Features
 from surgery.select.roles.values import (
+    Attended,
     Joined,
     Product,
     Projection,
     Use,
+    Value,
 )
 
 
@@ -22,12 +24,22 @@ def feed_forward(flow: Dataflow, found: Findings) -> None:
     for out in flow.evidence.uses:
         if not out.pointwise:
             continue
-        parts = out.data.parts if isinstance(out.data, Joined) else (out.data,)
-        for part in parts:
+        for part in _whole_inputs(out.data):
             if isinstance(part, Projection) and part.bent:
                 _plain_unit(flow, found, flow.evidence.uses[part.use], out)
             elif isinstance(part, Product):
                 _gated_unit(flow, found, part, out)
+
+
+def _whole_inputs(data: Value) -> tuple[Value, ...]:
+    """What a weight takes as a whole; of several tensors side by side, those beside an attention's.
+
+    A weight that takes both closes a parallel block. Others that take several tensors (a Res2Net's,
+    a Ghost module's) are no part of a feed-forward layer.
+    """
+    if not isinstance(data, Joined):
+        return (data,)
+    return data.parts if any(isinstance(part, Attended) for part in data.parts) else ()
 
 
 def _is_unit(flow: Dataflow, wide: Use, out: Use) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -45,18 +46,38 @@ def modulates(flow: Dataflow, node: fx.Node, user: fx.Node) -> bool:
     return bool(uses) and uses <= flow.evidence.modulators.get(user, set())
 
 
-def next_uses(flow: Dataflow, use: Use) -> tuple[set[int], bool]:
-    """The uses of weights a layer's output goes to, and whether it goes anywhere else."""
+@dataclass(frozen=True)
+class Ends:
+    """Where a layer's output ends up.
+
+    Attributes:
+        uses: The uses of weights that take it, or that it modulates together with.
+        attends: Whether an attention takes it without a weight between.
+        leaves: Whether it reaches an output of the model without a weight between.
+    """
+
+    uses: frozenset[int]
+    attends: bool
+    leaves: bool
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it goes anywhere but to weights."""
+        return self.attends or self.leaves
+
+
+def ends_of(flow: Dataflow, use: Use) -> Ends:
+    """Where a layer's output ends up."""
     found: set[int] = set()
-    elsewhere = False
+    attends = leaves = False
     for node, user in after(flow, use):
         if user in flow.fresh:
             found.add(flow.fresh[user])
         elif modulates(flow, node, user):
             found |= flow.evidence.modulators[user]
-        elif user.op == "output" or op_kind(user) is Kind.ATTEND:
-            elsewhere = True
-    return found, elsewhere
+        leaves = leaves or user.op == "output"
+        attends = attends or (user.op != "output" and op_kind(user) is Kind.ATTEND)
+    return Ends(frozenset(found), attends, leaves)
 
 
 def joins_residual(flow: Dataflow, start: fx.Node, use: Use, *, straight: bool = False) -> bool:

@@ -80,7 +80,7 @@ def _rest(flow: Dataflow, found: Findings) -> None:
 
 
 def _unknown(flow: Dataflow, use: Use) -> str:
-    ahead, _ = reach.next_uses(flow, use)
+    ahead = reach.ends_of(flow, use).uses
     sites = list(dict.fromkeys(flow.evidence.uses[index].site for index in sorted(ahead)))
     goes = ", ".join(sites[:2]) + (f" and {len(sites) - 2} more" if len(sites) > 2 else "")
     if not goes:

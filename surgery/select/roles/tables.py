@@ -150,9 +150,13 @@ def _behind_biases(flow: Dataflow, found: Findings) -> None:
     for use in reversed(flow.evidence.uses if flow.evidence.biases else []):
         if found.has(use.site) or not isinstance(use.data, Fixed):
             continue
-        ahead, elsewhere = reach.next_uses(flow, use)
-        sites = [flow.evidence.uses[index].site for index in ahead]
-        if sites and not elsewhere and all(found.has(site, "attention_bias") for site in sites):
+        ahead = reach.ends_of(flow, use)
+        sites = [flow.evidence.uses[index].site for index in ahead.uses]
+        if (
+            sites
+            and not ahead.elsewhere
+            and all(found.has(site, "attention_bias") for site in sites)
+        ):
             found.add(use.site, "attention_bias", f"it reaches attention scores by {sites[0]}")
 
 

@@ -127,7 +127,13 @@ class Routed:
 
 @dataclass(frozen=True)
 class Stream:
-    """A mixture of several layers' outputs, such as the residual stream."""
+    """A mixture of several layers' outputs, such as the residual stream.
+
+    Attributes:
+        summands: If it is the sum of a few projections and nothing else, their uses.
+    """
+
+    summands: frozenset[int] = frozenset()
 
 
 Value = Fixed | Projection | Product | Joined | Scores | Attended | Routed | Stream
