@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -20,7 +21,7 @@ from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
 from surgery.capture.objects import Past, is_object
 from surgery.capture.settle import settle
-from surgery.capture.structure import class_of, map_structure, tensors
+from surgery.capture.structure import class_of, leaves, map_structure, tensors
 from surgery.capture.tracer import Options, Tracer, is_static
 from surgery.capture.values import is_proxy, is_symbol, plain
 from surgery.errors import CaptureError
@@ -185,8 +186,10 @@ def _capture(job: _Job, options: Options) -> Capture:
         with tracer.recording(), tracer.running(""):
             result = forward(*positional, **keywords)
             with private.without_torch_function():
+                returned = output(tracer, result)
                 _write_back(tracer, clones, traced, before)
-                tracer.graph.output(output(tracer, result))
+                _write_containers(tracer, returned)
+                tracer.graph.output(returned)
     except CaptureError:
         raise
     except Exception as error:
@@ -279,6 +282,16 @@ def _write_back(
 
 
 _MISSING = object()
+
+
+def _write_containers(tracer: Tracer, returned: Any) -> None:
+    """Repeat the forward's assignments to items of its list and dict arguments."""
+    for container, key, value in list(tracer.written_containers()):
+        for node in container.users:
+            if node.target is operator.getitem and node.args[1] == key and node in leaves(returned):
+                raise tracer.error(f"{container.name}[{key!r}] is replaced, and returned as it was")
+        made = tracer.graph.call_function(operator.setitem, (container, key, output(tracer, value)))
+        made.meta["mutates"] = True
 
 
 # -- results ------------------------------------------------------------------------------------

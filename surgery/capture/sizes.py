@@ -115,7 +115,8 @@ class SizeRules:
         ]
         rank = max(map(len, shapes), default=0)
         padded = [[1] * (rank - len(shape)) + shape for shape in shapes]
-        return [_agreed(column) for column in zip(*padded, strict=True)]
+        columns: list[Sizes] = [list(column) for column in zip(*padded, strict=True)]
+        return [_agreed(column) for column in columns]
 
     def _cat(self, node: fx.Node) -> Sizes | None:
         """All tensors are equally large, but for the dimension they are joined along."""
@@ -125,9 +126,8 @@ class SizeRules:
         shapes = [self.of(tensor) for tensor in cast("list[fx.Node]", node.args[0])]
         if len({len(shape) for shape in shapes}) != 1:  # an empty one may have any rank
             return None
-        joined = [
-            next((s for s in column if s is not None), None) for column in zip(*shapes, strict=True)
-        ]
+        columns: list[Sizes] = [list(column) for column in zip(*shapes, strict=True)]
+        joined: Sizes = [next((s for s in column if s is not None), None) for column in columns]
         joined[dim] = None
         return joined
 
@@ -266,7 +266,7 @@ def _asked(node: fx.Node) -> Sequence[Any] | None:
     return rest
 
 
-def _agreed(column: tuple[Size, ...]) -> Size:
+def _agreed(column: Sequence[Size]) -> Size:
     """The size that a dimension of broadcast tensors has; None where that cannot be said.
 
     Sizes of different inputs that agree are taken to do so always, and guards see to it.

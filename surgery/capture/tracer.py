@@ -108,6 +108,7 @@ class Tracer:
         self._measured: dict[fx.Node, list[Any]] = {}
         self._numbers: dict[fx.Node, Symbol] = {}
         self._size_rules = SizeRules(self._measure, self._numbers.get, clones.root.get_submodule)
+        self._containers: list[tuple[fx.Node, Any, Any]] = []
         self._told: set[tuple[fx.Node, str]] = set()
         self._alive: list[Any] = []  # their ids are keys above, so they must not be freed
         self._evaluator = Evaluator(self._fetch, clones.pair)
@@ -507,28 +508,45 @@ class Tracer:
             node.meta["val"] = TensorSpec.of(fake)
             return make_proxy(self, node, fake, requires_grad=value.requires_grad)
         if kind in SYMBOLS:
-            if node.op == "placeholder" and kind is bool:
+            if kind is bool and _inside_placeholder(node):
                 return value  # part of the signature
             node.meta["val"] = value
             return self._symbol(None, (node,), value)
         if issubclass(kind, _SEQUENCES):
             return self._present_items(node, value)
         if kind is dict:
-            return {key: self._present(self._item(node, key), item) for key, item in value.items()}
+            keyed = {key: self._present(self._item(node, key), item) for key, item in value.items()}
+            return self._watched(node, keyed)
         if is_static(value):
-            if node.op != "placeholder" and none_guard:
+            if none_guard and not _inside_placeholder(node):
                 self.guard("none" if value is None else "object", describe(node), value, node)
             return value
         shadow = value if node.op != "placeholder" else self.copy_object(value)
         return ObjectProxy(self, node, shadow)
 
     def _present_items(self, node: fx.Node, value: Any) -> Any:
-        if node.op != "placeholder" and not _inside_placeholder(node):
+        if not _inside_placeholder(node):
             count = len(value)
             length = self._call(len, (node,), count)
             self.guard("len", f"len({node.name})", count, length)
         items = [self._present(self._item(node, index), item) for index, item in enumerate(value)]
-        return rebuild(class_of(value), items)
+        return self._watched(node, rebuild(class_of(value), items))
+
+    def _watched(self, node: fx.Node, container: Any) -> Any:
+        """A list or dict among the inputs, which the forward may write to."""
+        if _inside_placeholder(node) and type(container) in (list, dict):
+            self._containers.append((node, container, container.copy()))
+        return container
+
+    def written_containers(self) -> Iterator[tuple[fx.Node, Any, Any]]:
+        """(container, key, new value) for each item of an input that the forward replaced."""
+        for node, now, before in self._containers:
+            if len(now) != len(before):
+                raise self.error(f"items were added to or removed from the input {describe(node)}")
+            pairs: Any = now.items() if class_of(now) is dict else enumerate(now)
+            for key, value in pairs:
+                if value is not before[key]:
+                    yield node, key, value
 
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._call(operator.getitem, (node, key), None)

@@ -304,6 +304,14 @@ class Nested(Base):
         return {"a": [self.lin(x) + named["m"] + bias, None]}
 
 
+@case(lambda batch, length: [_noise(batch, 1, 8), {"m": _noise(length, 8)}])
+class WritesToArguments(Base):
+    def forward(self, x: Tensor, pair: list[Any]) -> Tensor:
+        pair[0] = self.lin(pair[0])
+        pair[1]["m"] = pair[0] + x
+        return pair[1]["m"] * 2
+
+
 @case(lambda batch, length: length)
 class TakesInt(Base):
     def forward(self, x: Tensor, count: int) -> Tensor:
