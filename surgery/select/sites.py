@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from surgery.capture.graft import stock_class
 
+# Where torch keeps what computes a parametrized weight: part of the layer, no module of the model.
+_PARAMETRIZATIONS = "parametrizations"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Torch's own modules that hold several matrices, or other modules, and so are no single layer.
 _COMPOSITES = (
@@ -136,8 +138,13 @@ def _is_layer(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool
         return True
     if own_children(module):
         return False
-    ranks = [tensor.dim() for tensor in parameters.values() if tensor.dim() > 1]
-    return ranks in ([], [2])
+    matrices = [tensor for tensor in parameters.values() if not _is_vector(tensor)]
+    return not matrices or [tensor.dim() for tensor in matrices] == [2]
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether a tensor is a vector, written with further axes of size 1 or not."""
+    return sum(size > 1 for size in tensor.shape) < 2
 
 
 def _torch_bases(module: nn.Module) -> Iterator[type]:
@@ -146,7 +153,7 @@ def _torch_bases(module: nn.Module) -> Iterator[type]:
 
 def _parametrized(module: nn.Module) -> Tensor | None:
     """The original of a parametrized weight; reading the weight itself would compute it."""
-    held = module.__dict__.get("_modules", {}).get("parametrizations")
+    held = module.__dict__.get("_modules", {}).get(_PARAMETRIZATIONS)
     if not isinstance(held, nn.ModuleDict):
         return None
     originals = [tensor for tensor in held.parameters() if tensor.dim() > 1]
@@ -235,7 +242,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         stack.extend(
             (prefix + name, child)
             for name, child in reversed(children.items())
-            if child is not None
+            if child is not None and name != _PARAMETRIZATIONS
         )
 
 

@@ -113,9 +113,10 @@ def _slices(
         if len(by_letter) == 1 and use.index not in gates and not _feeds_more(flow, use):
             return {}
         features = flow.indices(use.node, use.axis).features(node)
-        if features is None:
+        rows = None if features is None else flow.rows(use, features)
+        if rows is None:
             return {}
-        fused[letter] = features
+        fused[letter] = rows
     use, _ = next(iter(by_letter.values()))[0]
     if use.index in gates:
         fused["gate"] = other_features(fused.values(), shape(use.node)[use.axis])
@@ -138,7 +139,10 @@ def _relative_positions(flow: Dataflow, found: Findings, core: Core) -> None:
     """Weights that make scores from positions, beside those of queries with keys."""
     if core.scores is None:
         return
+    main = next((term for term in core.scores.terms if not term.indirect), None)
     for term in core.scores.terms:
+        if term is main:
+            continue
         for index in uses_in(term.left.value) | uses_in(term.right.value):
             use = flow.evidence.uses[index]
             if not found.has(use.site):

@@ -26,7 +26,7 @@ from surgery.select.roles.algebra import (
     uses_in,
 )
 from surgery.select.roles.evidence import Evidence
-from surgery.select.roles.features import Indices, varies_along
+from surgery.select.roles.features import Indices, as_features, origin_of, varies_along
 from surgery.select.roles.ops import (
     ALIASES,
     Convolution,
@@ -41,6 +41,7 @@ from surgery.select.roles.ops import (
     shape,
     spec,
 )
+from surgery.select.roles.role import Features
 from surgery.select.roles.values import (
     STREAM,
     Attended,
@@ -131,6 +132,25 @@ class Dataflow:
         """The indices along an axis of a node's tensor, to be looked up at later nodes."""
         return Indices(source, axis, self._order_of, self._is_opaque)
 
+    def rows(self, use: Use, features: Features) -> Features | None:
+        """The features of a whole weight that those of a use are, if it applies only a part of it.
+
+        None if they cannot be told.
+        """
+        if use.weight is None or len(self._parameters[use.weight[0]]) != 2:
+            return features
+        name, part = use.weight
+        if shape(part) in (self._parameters[name], self._parameters[name][::-1]):
+            return features
+        source = origin_of(part)
+        if source.op != "get_attr" or op_kind(use.node) is not Kind.LINEAR:
+            return None
+        found = self.indices(source, 0).at(part)
+        if found is None or found.dim() != 2:
+            return None
+        chosen = range(*features) if isinstance(features, tuple) else features
+        return as_features(int(found[at, 0]) for at in chosen)
+
     def _order_of(self, node: fx.Node) -> int:
         return self.order[node]
 
@@ -150,7 +170,9 @@ class Dataflow:
             self._placeholders += 1
             return 1 << self._placeholders
         reach = 0
-        for each in operands(node):
+        # What a view is shaped or typed after is not what it holds.
+        plain = node.op in ("call_function", "call_method") and op_kind(node) is Kind.VIEW
+        for each in operands(node)[:1] if plain else operands(node):
             reach |= self._inputs[each]
             for written in self._writes(each, node):
                 reach |= self._inputs.get(written, 0)
@@ -230,11 +252,12 @@ class Dataflow:
         pointwise: bool = True,
         axis: int = -1,
         rows: int = 0,
+        weight: tuple[str, fx.Node] | None = None,
     ) -> Value:
         """Note that a weight was applied; what it makes is its projection."""
         count = len(self.evidence.uses)
         axis %= max(1, len(shape(node)))
-        use = Use(count, node, site, kind, data.value, data.node, pointwise, axis, rows)
+        use = Use(count, node, site, kind, data.value, data.node, pointwise, axis, rows, weight)
         self.evidence.uses.append(use)
         if isinstance(data.value, Scores) and self._mixes_heads(use, data.value):
             return replace(data.value, mixers=data.value.mixers | {use.index})
@@ -389,7 +412,8 @@ class Dataflow:
         """Whether a tensor has an entry for every element of one example of the states."""
         whole, part = shape(states), shape(table)
         example = whole[1:]
-        return len(example) > 1 and part[-len(example) :] == example
+        several = sum(size > 1 for size in example) > 1
+        return several and part[-len(example) :] == example
 
     def _sum_of_projections(self, x: Projection, y: Projection) -> Value:
         if x.use == y.use:
@@ -476,14 +500,8 @@ class Dataflow:
         uses = self.evidence.uses
         first = uses[cast("Projection", a.value).use]
         second = uses[cast("Projection", b.value).use]
-        alike = self._origin(first.data_node) is self._origin(second.data_node)
+        alike = origin_of(first.data_node) is origin_of(second.data_node)
         return product(a, b) if alike else STREAM
-
-    def _origin(self, node: fx.Node) -> fx.Node:
-        """The node that a tensor is a view of."""
-        while node.op in ("call_function", "call_method") and op_kind(node) is Kind.VIEW:
-            node = operands(node)[0]
-        return node
 
     def _modulated(self, node: fx.Node, a: Operand, b: Operand) -> Value | None:
         """The other operand, if one is a projection that scales or shifts all its positions alike.
@@ -559,7 +577,8 @@ class Dataflow:
         name = self._weight_name(weight.value)
         if name is None:
             return Scores((Term(*pair, node),)) if not isinstance(data.value, Fixed) else STREAM
-        return self._apply(node, self._site_of(name), data, "linear")
+        site = self._site_of(name)
+        return self._apply(node, site, data, "linear", weight=(name, weight.node))
 
     def _weight_name(self, value: Value) -> str | None:
         """The parameter a tensor is a view or a function of: a weight to be applied."""
@@ -596,9 +615,10 @@ class Dataflow:
             self._note_scores(scores)
             query, key = self._query_and_key(scores)
             return self._attended(Core(index, owner(node), query, key, value, scores))
-        if scores.biases or scores.tables or len(scores.terms) > 1:
+        term, *others = scores.terms
+        if scores.biases or scores.tables or others:
             return STREAM  # a product that was added to something: states by now, not scores
-        core = kernel_attention(index, owner(node), scores.terms[0], value, bent=scores.bent)
+        core = kernel_attention(index, owner(node), term, value, bent=scores.bent)
         return STREAM if core is None else self._attended(core)
 
     def _attended(self, core: Core) -> Value:

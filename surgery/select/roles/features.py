@@ -7,7 +7,7 @@ model applies. Interleaved heads, grouped queries and windows need no special ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,6 @@ _NOT_RUN = frozenset(
         "cuda",
         "clone",
         "detach",
-        "contiguous",
         "masked_fill",
         "clamp",
         "clip",
@@ -83,11 +82,7 @@ class Indices:
         flat = torch.view_as_real(found) if found.is_complex() else found
         distinct = cast("list[float]", cast("Any", flat).unique().tolist())
         present = sorted(int(index) for index in distinct if index >= 0)
-        if not present:
-            return None
-        if present[-1] - present[0] + 1 == len(present):
-            return present[0], present[-1] + 1
-        return present
+        return as_features(present) if present else None
 
     def _follow(self, node: fx.Node) -> Any:
         if node in self._known:
@@ -138,10 +133,27 @@ class Indices:
             args = cast("tuple[Any, ...]", fx.map_arg(args, actual))
         try:
             if node.op == "call_method":
-                return getattr(args[0], cast("str", node.target))(*args[1:], **kwargs)
+                # Indices may be strided otherwise than the model's tensors: views may copy here.
+                name = "reshape" if node.target == "view" else cast("str", node.target)
+                return getattr(args[0], name)(*args[1:], **kwargs)
             return cast("Callable[..., Any]", node.target)(*args, **kwargs)
         except (RuntimeError, TypeError, IndexError, ValueError):
             return None  # indexed by data, say: where features go cannot be told
+
+
+def as_features(indices: Iterable[int]) -> Features:
+    """Indices as (start, stop) if they lie together, else as a sorted list."""
+    present = sorted(set(indices))
+    if present and present[-1] - present[0] + 1 == len(present):
+        return present[0], present[-1] + 1
+    return present
+
+
+def origin_of(view: fx.Node) -> fx.Node:
+    """The node that a tensor is a view of."""
+    while view.op in ("call_function", "call_method") and op_kind(view) is Kind.VIEW:
+        view = operands(view)[0]
+    return view
 
 
 def varies_along(indices: Tensor, axis: int) -> bool:

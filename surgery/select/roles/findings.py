@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from surgery.select.roles.dataflow import Dataflow
+from surgery.select.roles.features import as_features
 from surgery.select.roles.role import Features, Role
 
 SiteOf = Callable[[str], str]
@@ -48,10 +49,7 @@ def steering(flow: Dataflow) -> set[int]:
 def other_features(taken: Iterable[Features], size: int) -> Features:
     """The features that none of ``taken`` has."""
     used = {i for part in taken for i in (range(*part) if isinstance(part, tuple) else part)}
-    rest = [index for index in range(size) if index not in used]
-    if rest and rest[-1] - rest[0] + 1 == len(rest):
-        return rest[0], rest[-1] + 1
-    return rest
+    return as_features(index for index in range(size) if index not in used)
 
 
 def _first_feature(part: tuple[str, Features]) -> int:

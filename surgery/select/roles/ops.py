@@ -139,8 +139,20 @@ ALIASES = frozenset(
 """Views that share memory with their operand."""
 
 # What a normalisation that is written out computes: a statistic, and a root to divide by.
-STATISTICS = frozenset(["mean", "var", "var_mean", "std", "std_mean", "norm", "vector_norm", "sum"])
-ROOTS = frozenset(["rsqrt", "sqrt", "norm", "vector_norm", "std", "std_mean"])
+STATISTICS = frozenset(
+    [
+        "mean",
+        "var",
+        "var_mean",
+        "std",
+        "std_mean",
+        "norm",
+        "vector_norm",
+        "linalg_vector_norm",
+        "sum",
+    ]
+)
+ROOTS = frozenset(["rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "std", "std_mean"])
 
 Convolution = nn.modules.conv._ConvNd  # pyright: ignore[reportPrivateUsage]
 

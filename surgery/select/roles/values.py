@@ -155,6 +155,8 @@ class Use:
             convolution without groups.
         axis: The axis of its output that counts its features.
         rows: Of a table, how many rows it has.
+        weight: If a parameter was applied, and not a layer: its name, and the node of the view or
+            function of it that was.
     """
 
     index: int
@@ -166,6 +168,7 @@ class Use:
     pointwise: bool
     axis: int
     rows: int = 0
+    weight: tuple[str, fx.Node] | None = None
 
 
 @dataclass(frozen=True)
