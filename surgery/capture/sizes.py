@@ -121,9 +121,10 @@ class SizeRules:
     def _cat(self, node: fx.Node) -> Sizes | None:
         """All tensors are equally large, but for the dimension they are joined along."""
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        if not isinstance(dim, int) or not isinstance(node.args[0], (list, tuple)):
+        given: Any = _argument(node, 0, None)
+        if not isinstance(dim, int) or not isinstance(given, (list, tuple)):
             return None
-        shapes = [self.of(tensor) for tensor in cast("list[fx.Node]", node.args[0])]
+        shapes = [self.of(tensor) for tensor in cast("list[fx.Node]", given)]
         if len({len(shape) for shape in shapes}) != 1:  # an empty one may have any rank
             return None
         columns: list[Sizes] = [list(column) for column in zip(*shapes, strict=True)]

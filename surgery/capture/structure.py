@@ -40,11 +40,26 @@ def class_of(value: object) -> type[Any]:
 
 
 def rebuild(kind: type[Any], items: list[Any]) -> Any:
-    """A tuple or list of type ``kind`` holding ``items``; a ``torch.Size`` becomes a tuple."""
-    if kind is torch.Size:
+    """A tuple or list of type ``kind`` holding ``items``.
+
+    A ``torch.Size`` of anything but numbers becomes a tuple.
+    """
+    if kind is torch.Size and not all(isinstance(item, int) for item in items):
         return tuple(items)
     named = getattr(kind, "_fields", None) is not None  # the mark of a namedtuple
     return kind(*items) if named else kind(items)
+
+
+def containers(value: Any) -> list[tuple[int, ...]]:
+    """What the lists and dicts in ``value`` hold, by identity: the same unless one is written."""
+    kind = class_of(value)
+    items: list[Any] = []
+    if kind in _DICTS:
+        items = list(value.values())
+    elif issubclass(kind, (tuple, list)):
+        items = list(value)
+    own = [tuple(map(id, items))] if items else []
+    return own + [held for item in items for held in containers(item)]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
 from surgery.capture.objects import ObjectProxy, Past, is_object, node_of, shadow_of
 from surgery.capture.sizes import SizeRules
-from surgery.capture.structure import class_of, leaves, map_structure, rebuild, tensors
+from surgery.capture.structure import class_of, containers, leaves, map_structure, rebuild, tensors
 from surgery.capture.values import (
     SYMBOLS,
     Symbol,
@@ -208,10 +208,22 @@ class Tracer:
     ) -> Any:
         with self._pause():
             node = self._node("call_module", path, args, kwargs)
-            result = self._run_fake(node, run, args, kwargs)
+            result = self._run_fake(node, self._watching(path, run), args, kwargs)
             requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
             known = type(module).__module__.startswith("torch.nn.") and not _has_children(module)
             return self._wrap(node, result, requires_grad, opaque=not known)
+
+    def _watching(self, path: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run``, refused when it replaces items of a list or dict that it was given."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = containers((args, kwargs))
+            result = run(*args, **kwargs)
+            if containers((args, kwargs)) != before:
+                raise self.error(f"{path} replaces items of a list or dict that it was given")
+            return result
+
+        return watched
 
     # -- torch calls ---------------------------------------------------------------------------
 

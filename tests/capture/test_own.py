@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from surgery.capture import Forward, capture
+from surgery.errors import CaptureError
 from tests.capture.compare import assert_same, tensors_in
 
 pytestmark = pytest.mark.filterwarnings(
@@ -428,3 +429,31 @@ def _state(module: nn.Module) -> dict[str, Any]:
     """The plain attributes of a module that a call may change."""
     held = module.__dict__.items()
     return {name: value for name, value in held if isinstance(value, (int, float, str))}
+
+
+def test_a_child_that_replaces_items_of_its_argument_is_refused() -> None:
+    class Writes(nn.Module):
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            xs[0] = xs[0] + 1
+            return xs[0]
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = Writes()
+
+        def forward(self, xs: list[Tensor]) -> Tensor:
+            return self.child(xs) + xs[0]
+
+    with pytest.raises(CaptureError, match="child replaces items of a list or dict"):
+        capture(Parent(), ([torch.ones(2)],))
+
+
+def test_a_size_as_an_argument() -> None:
+    class Table(nn.Module):
+        def forward(self, shape: torch.Size) -> Tensor:
+            return torch.arange(shape[1]).expand(shape[0], -1)
+
+    module = Table()
+    captured = capture(module, (torch.ones(2, 3).shape,))
+    assert torch.equal(captured.forward(module, torch.Size((4, 5))), module(torch.Size((4, 5))))
