@@ -500,8 +500,11 @@ class Dataflow:
         uses = self.evidence.uses
         first = uses[cast("Projection", a.value).use]
         second = uses[cast("Projection", b.value).use]
-        alike = origin_of(first.data_node) is origin_of(second.data_node)
-        return product(a, b) if alike else STREAM
+        if origin_of(first.data_node) is not origin_of(second.data_node):
+            return STREAM
+        if first.site == second.site:  # applied twice to one input: its output times itself
+            return Projection(first.index, bent=True)
+        return product(a, b)
 
     def _modulated(self, node: fx.Node, a: Operand, b: Operand) -> Value | None:
         """The other operand, if one is a projection that scales or shifts all its positions alike.

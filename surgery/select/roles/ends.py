@@ -42,7 +42,7 @@ def conditioning(flow: Dataflow, found: Findings) -> None:
 def inputs(flow: Dataflow, found: Findings, modules: Mapping[str, nn.Module]) -> None:
     """Weights that take the model's input as it is."""
     for use in reversed(flow.evidence.uses):
-        if found.has(use.site) or use.kind == "table":
+        if found.has(use.site) or use.site in found.unresolved or use.kind == "table":
             continue
         raw = isinstance(use.data, Fixed) and use.data.source == "float"
         if use.kind == "conv":
