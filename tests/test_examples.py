@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Arguments that make an example short; what it claims it still checks itself.
-SHORT = {"minilm_lora.py": ["--seconds", "3"]}
+SHORT = {"minilm_lora.py": ["--seconds", "2", "--texts", "20"]}
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
