@@ -15,9 +15,33 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from surgery.capture.structure import class_of
+from surgery.errors import CaptureError
 
 if TYPE_CHECKING:
     from surgery.capture.tracer import Tracer
+
+
+class Lost:
+    """What stands in a list or dict after a child wrote to it: it cannot be told what is there.
+
+    Any use is a CaptureError.
+    """
+
+    def __init__(self, tracer: Tracer, path: str) -> None:
+        self.__dict__["_why"] = (tracer, path)
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.error()
+
+    @classmethod
+    def __torch_function__(cls, *args: Any) -> Any:
+        """Makes torch hand a call with this among its arguments to the trace, which refuses it."""
+        return NotImplemented
+
+    def error(self) -> CaptureError:
+        """The error for a use of it."""
+        tracer, path = self.__dict__["_why"]
+        return tracer.error(f"{path} wrote to a list or dict that is read here")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from surgery.capture.clone import Clones
 from surgery.capture.codegen import Code, Miss, generate
 from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
-from surgery.capture.objects import Past, is_object
+from surgery.capture.objects import Lost, Past, is_object
 from surgery.capture.settle import settle
 from surgery.capture.structure import class_of, leaves, map_structure, tensors
 from surgery.capture.tracer import Options, Tracer, is_static
@@ -290,7 +290,11 @@ def _write_containers(tracer: Tracer, returned: Any) -> None:
         for node in container.users:
             if node.target is operator.getitem and node.args[1] == key and node in leaves(returned):
                 raise tracer.error(f"{container.name}[{key!r}] is replaced, and returned as it was")
-        made = tracer.graph.call_function(operator.setitem, (container, key, output(tracer, value)))
+        written = output(tracer, value)
+        if key is None:
+            made = tracer.graph.call_method("append", (container, written))
+        else:
+            made = tracer.graph.call_function(operator.setitem, (container, key, written))
         made.meta["mutates"] = True
 
 
@@ -306,6 +310,8 @@ def output(tracer: Tracer, value: Any) -> Any:
     if is_proxy(value) or is_symbol(value) or is_object(value):
         return tracer.arguments(value)
     kind = class_of(value)
+    if kind is Lost:
+        raise value.error()
     if isinstance(value, torch.Tensor):
         return tracer.node_of(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -50,16 +50,24 @@ def rebuild(kind: type[Any], items: list[Any]) -> Any:
     return kind(*items) if named else kind(items)
 
 
-def containers(value: Any) -> list[tuple[int, ...]]:
-    """What the lists and dicts in ``value`` hold, by identity: the same unless one is written."""
+def containers(value: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    """The lists and dicts in ``value`` and what each holds, by identity."""
     kind = class_of(value)
-    items: list[Any] = []
-    if kind in _DICTS:
-        items = list(value.values())
-    elif issubclass(kind, (tuple, list)):
-        items = list(value)
-    own = [tuple(map(id, items))] if items else []
+    if kind is not dict and not issubclass(kind, (tuple, list)):
+        return []
+    items: list[Any] = list(value.values()) if kind is dict else list(value)
+    own: list[tuple[Any, tuple[int, ...]]] = []
+    if kind in (list, dict):
+        own = [(value, tuple(map(id, items)))]
     return own + [held for item in items for held in containers(item)]
+
+
+def seal(container: Any, item: Any) -> None:
+    """Put ``item`` in the place of everything a list or dict holds."""
+    if class_of(container) is dict:
+        container.update(dict.fromkeys(container, item))
+    else:
+        container[:] = [item] * (len(container) + 1)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

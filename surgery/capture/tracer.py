@@ -28,9 +28,17 @@ from surgery.capture.clone import Clones
 from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
-from surgery.capture.objects import ObjectProxy, Past, is_object, node_of, shadow_of
+from surgery.capture.objects import Lost, ObjectProxy, Past, is_object, node_of, shadow_of
 from surgery.capture.sizes import SizeRules
-from surgery.capture.structure import class_of, containers, leaves, map_structure, rebuild, tensors
+from surgery.capture.structure import (
+    class_of,
+    containers,
+    leaves,
+    map_structure,
+    rebuild,
+    seal,
+    tensors,
+)
 from surgery.capture.values import (
     SYMBOLS,
     Symbol,
@@ -208,19 +216,27 @@ class Tracer:
     ) -> Any:
         with self._pause():
             node = self._node("call_module", path, args, kwargs)
-            result = self._run_fake(node, self._watching(path, run), args, kwargs)
+            result = self._run_fake(node, self._watching(path, run, (args, kwargs)), args, kwargs)
             requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
             known = type(module).__module__.startswith("torch.nn.") and not _has_children(module)
             return self._wrap(node, result, requires_grad, opaque=not known)
 
-    def _watching(self, path: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """``run``, refused when it replaces items of a list or dict that it was given."""
+    def _watching(
+        self, path: str, run: Callable[..., Any], given: tuple[Any, ...]
+    ) -> Callable[..., Any]:
+        """``run``, after which the lists and dicts it wrote to cannot be read any more.
+
+        It writes to copies with fake tensors; ``given`` has the originals.
+        """
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             before = containers((args, kwargs))
             result = run(*args, **kwargs)
-            if containers((args, kwargs)) != before:
-                raise self.error(f"{path} replaces items of a list or dict that it was given")
+            for (original, _), (_, old), (_, new) in zip(
+                containers(given), before, containers((args, kwargs)), strict=False
+            ):
+                if old != new:
+                    seal(original, Lost(self, path))
             return result
 
         return watched
@@ -551,14 +567,20 @@ class Tracer:
         return container
 
     def written_containers(self) -> Iterator[tuple[fx.Node, Any, Any]]:
-        """(container, key, new value) for each item of an input that the forward replaced."""
+        """(container, key, value) for each item of an input that the forward wrote.
+
+        The key is None for one appended to a list.
+        """
         for node, now, before in self._containers:
-            if len(now) != len(before):
-                raise self.error(f"items were added to or removed from the input {describe(node)}")
-            pairs: Any = now.items() if class_of(now) is dict else enumerate(now)
+            if len(now) < len(before):
+                raise self.error(f"items were removed from the input {describe(node)}")
+            keyed = class_of(now) is dict
+            pairs: Any = now.items() if keyed else enumerate(now)
             for key, value in pairs:
-                if value is not before[key]:
+                if keyed and value is not before.get(key, now):
                     yield node, key, value
+                if not keyed and (key >= len(before) or value is not before[key]):
+                    yield node, key if key < len(before) else None, value
 
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._call(operator.getitem, (node, key), None)
@@ -608,6 +630,8 @@ class Tracer:
             return value.fx_node
         if is_object(value):
             return node_of(value)
+        if type(value) is Lost:
+            raise value.error()
         if isinstance(value, torch.Tensor):
             return self._tensor_node(value)
         if type(value) is torch.device and id(value) in self._devices:

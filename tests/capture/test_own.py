@@ -431,7 +431,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in held if isinstance(value, (int, float, str))}
 
 
-def test_a_child_that_replaces_items_of_its_argument_is_refused() -> None:
+def test_what_a_child_wrote_to_its_argument_cannot_be_read() -> None:
     class Writes(nn.Module):
         def forward(self, xs: list[Tensor]) -> Tensor:
             xs[0] = xs[0] + 1
@@ -445,8 +445,30 @@ def test_a_child_that_replaces_items_of_its_argument_is_refused() -> None:
         def forward(self, xs: list[Tensor]) -> Tensor:
             return self.child(xs) + xs[0]
 
-    with pytest.raises(CaptureError, match="child replaces items of a list or dict"):
+    with pytest.raises(CaptureError, match="child wrote to a list or dict"):
         capture(Parent(), ([torch.ones(2)],))
+
+
+def test_a_list_made_for_a_child_to_write_to() -> None:
+    class Appends(nn.Module):
+        def forward(self, x: Tensor, seen: list[Tensor]) -> Tensor:
+            seen.append(x * 2)
+            return torch.cat(seen)
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = Appends()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.child(x, [x])
+
+    module, x = Parent(), torch.ones(2)
+    assert torch.equal(capture(module, (x,)).forward(module, x), module(x))
+    seen, also = [x], [x]
+    captured = capture(module.child, (x, [x]))
+    assert torch.equal(captured.forward(module.child, x, seen), module.child(x, also))
+    assert [item.tolist() for item in seen] == [item.tolist() for item in also]
 
 
 def test_a_size_as_an_argument() -> None:
