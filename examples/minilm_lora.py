@@ -220,7 +220,7 @@ def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def fine_tune(demo: Demo, head: nn.Linear, seconds: float) -> int:
     """Train the adapter, and the head on from the linear probe; returns the number of steps."""
     adapter = [p for p in demo.model.parameters() if p.requires_grad]
-    peaks = (2e-3, 2e-3)
+    peaks = (2e-4, 2e-4)
     groups = [{"params": adapter}, {"params": head.parameters()}]
     optimizer = torch.optim.AdamW(groups, lr=peaks[0])
     labels = torch.tensor(demo.train.labels)
