@@ -11,6 +11,8 @@ buffers and caches and the random generators are left as they were.
     ``.guards``       tuple of `Guard`, what Python demanded, in order.
     ``.constants``    ``{get_attr target: tensor}`` for tensors that no module owns.
     ``.assumptions``  the guards whose data was made up (meta device, or too expensive).
+    ``.calls``        tuple of `Call`, every module call: its path, the ``owner`` whose forward
+                      made it, ``where``, and args, kwargs and result as nodes, in their nesting.
 
 Nodes
     ``placeholder``   one per tensor of ``args`` and ``kwargs``, named after the parameter.
@@ -76,6 +78,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.capture.calls import Call
     from surgery.capture.guards import Guard, assign, expect
     from surgery.capture.own import Capture, capture
     from surgery.capture.trace import Trace, is_atomic, trace_model
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: grafts live in this package too, and need none of it.
 _HOMES = {
+    "Call": "calls",
     "Capture": "own",
     "Forward": "variants",
     "Guard": "guards",
@@ -97,6 +101,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Call",
     "Capture",
     "Forward",
     "Guard",

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from surgery.capture import private
+from surgery.capture.calls import Call
 from surgery.capture.clone import Clones
 from surgery.capture.guards import Guard
 from surgery.capture.settle import settle
@@ -45,11 +46,13 @@ class Trace:
         graph: See the package docstring for its nodes and their ``meta``.
         guards: What the forward's Python demanded, in order.
         constants: Tensors the forward used that no module owns, by ``get_attr`` target.
+        calls: Every module call in the order they ended, with its arguments and its result.
     """
 
     graph: fx.Graph
     guards: tuple[Guard, ...]
     constants: Mapping[str, torch.Tensor]
+    calls: tuple[Call, ...]
 
     @property
     def assumptions(self) -> tuple[Guard, ...]:
@@ -97,7 +100,7 @@ def _trace(
         raise tracer.failed(error) from error
     tracer.graph.output(_output(result))
     _drop_unused_shapes(tracer.graph)
-    return Trace(tracer.graph, tuple(tracer.guards), tracer.constants)
+    return Trace(tracer.graph, tuple(tracer.guards), tracer.constants, tuple(tracer.calls))
 
 
 def _placeholders(

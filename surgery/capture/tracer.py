@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.capture import ops, private, queries
+from surgery.capture.calls import Call, call_nodes
 from surgery.capture.clone import Clones
 from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
@@ -107,6 +108,7 @@ class Tracer:
         self._ambient = Ambient.now()
         self._checkpoints = Checkpoints()
         self._owners: list[str] = []
+        self.calls: list[Call] = []
         self._paused = False
         self._examples: dict[str, Any] = {}
         self._names = _tensor_names(clones)
@@ -198,12 +200,15 @@ class Tracer:
         """A module was called; ``run`` is what it does."""
         if self._paused:
             return run(*args, **kwargs)
-        path = self._clones.path[id(module)]
+        path, where = self._clones.path[id(module)], user_line()
         if self._is_leaf(path, module):
-            return self._record_module(path, module, run, args, kwargs)
-        self._owners.append(path)
-        result = run(*args, **kwargs)
-        self._owners.pop()  # not in a finally: an error is reported where it happened
+            result = self._record_module(path, module, run, args, kwargs)
+        else:
+            self._owners.append(path)
+            result = run(*args, **kwargs)
+            self._owners.pop()  # not in a finally: an error is reported where it happened
+        given = (call_nodes(args), call_nodes(kwargs), call_nodes(result))
+        self.calls.append(Call(path, self.owner, where, *given))
         return result
 
     def _record_module(
