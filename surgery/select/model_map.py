@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.capture import Trace, trace_model
 from surgery.errors import CaptureError
 from surgery.record import record_of
 from surgery.select.roles import Role, resolve_roles
@@ -121,8 +122,22 @@ class ModelMap:
         """Path of every site that the traced forward uses → its role."""
         if self._base is not None:
             return self._base.roles
+        return resolve_roles(self.model, self.trace)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The model's forward on the example, as one graph; made once for all who ask.
+
+        Raises:
+            SourceError: there is no example and none can be inferred.
+            CaptureError: the model cannot be traced.
+        """
+        if self._base is not None:
+            return self._base.trace
         try:
-            return resolve_roles(self.model, self._resolved_example)
+            return trace_model(
+                self.model, self._resolved_example.args, self._resolved_example.kwargs
+            )
         except CaptureError as error:
             inferred = "" if self.example is not None else ", which was inferred"
             shapes = ", ".join(str(list(t.shape)) for t in self._resolved_example.tensors())

@@ -10,30 +10,25 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from surgery.capture import trace_model
+from surgery.capture import Trace
 from surgery.select.roles import attention, ends, feed_forward, reach, tables
 from surgery.select.roles.dataflow import Dataflow
 from surgery.select.roles.findings import Findings
 from surgery.select.roles.role import Role
 from surgery.select.roles.values import Use
 from surgery.select.sites import is_layer, walk
-from surgery.sources.examples import Example
 
 _PLAIN_USE = "the forward reads it, but not in a way that a role is defined by"
 _PARAMETRIZED = ".parametrizations."
 
 
-def resolve_roles(model: nn.Module, example: Example) -> Mapping[str, Role]:
-    """The roles of all sites that the forward of ``example`` uses, by path.
+def resolve_roles(model: nn.Module, trace: Trace) -> Mapping[str, Role]:
+    """The roles of all sites that the traced forward uses, by path.
 
     Args:
         model: The model, on any device.
-        example: What to call it with.
-
-    Raises:
-        CaptureError: the model cannot be traced.
+        trace: Its trace.
     """
-    trace = trace_model(model, example.args, example.kwargs)
     modules: dict[str, nn.Module] = dict(walk(model))
     parameters = {
         name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)
