@@ -14,13 +14,11 @@ import copy
 import gc
 import json
 import logging
-import math
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,63 +33,24 @@ from torch.nn.utils import parametrize
 import surgery
 from surgery import LowRank, Role, Rule, adapters
 from surgery.select import ModelMap
-from surgery.sources import Example, infer_example
-from tests.sweep.models import CASES, Case
-from tests.zoo import perturb
+from surgery.sources import Example
+from tests.sweep.measure import (
+    Failure,
+    backward,
+    cause,
+    distance,
+    noise,
+    same,
+    still,
+    use_plain_experts,
+)
+from tests.sweep.models import CASES, Model
 
 RANK, ALPHA = 2, 3.0
 EVERYWHERE = Rule(LowRank(rank=RANK, alpha=ALPHA), id="everywhere")
 BY_ROLE = Rule(LowRank(rank=RANK, alpha=ALPHA), where=Role("attention", "mlp"), id="by-role")
 #: Largest difference to the model whose weights are W + s·BA, in float64, relative to the output.
 BOUND = 1e-10
-
-
-class Failure(AssertionError):
-    """A check that did not hold; the message says how."""
-
-
-def leaves(value: Any) -> Iterator[Tensor]:
-    """Every tensor of an output, however deeply nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from leaves(item)
-    elif hasattr(value, "__dict__"):  # a dataclass such as a distribution or a decoder's output
-        for item in vars(value).values():
-            yield from leaves(item)
-
-
-def run(model: nn.Module, example: Example) -> list[Tensor]:
-    """The floating tensors of the output; draws the same noise in every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        output = model(*example.args, **example.kwargs)
-    return [leaf for leaf in leaves(output) if leaf.is_floating_point()]
-
-
-def still(model: nn.Module, example: Example) -> list[Tensor]:
-    """``run`` without gradients."""
-    with torch.no_grad():
-        return run(model, example)
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether two outputs agree bit for bit."""
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference, relative to the size of the output it is in."""
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        if b.numel():
-            found = float((a - b).abs().max()) / max(1.0, float(b.abs().max()))
-            worst = max(worst, math.inf if math.isnan(found) else found)
-    return worst
 
 
 def randomise(model: nn.Module) -> None:
@@ -133,19 +92,20 @@ def _add(stock: nn.Module, name: str, delta: Tensor) -> None:
 class Subject:
     """One model under test, and what is measured on it once."""
 
-    case: Case
+    case: Model
     findings: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
-    def stock(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = surgery.load(self.case.spec, config=self.case.config, dtype="float32")
-        return perturb(model).eval()
+    def _built(self) -> tuple[nn.Module, Example]:
+        return self.case.build()
 
-    @cached_property
+    @property
+    def stock(self) -> nn.Module:
+        return self._built[0]
+
+    @property
     def example(self) -> Example:
-        return infer_example(self.stock)
+        return self._built[1]
 
     @cached_property
     def before(self) -> list[Tensor]:
@@ -211,7 +171,7 @@ def by_role(subject: Subject) -> None:
 def algebra(subject: Subject) -> None:
     """With random A and B it computes what the model with the weights W + s·BA computes."""
     double = copy.deepcopy(subject.stock).double()
-    _use_plain_experts(double)
+    use_plain_experts(double)
     example = subject.example.to(dtype=torch.float64)
     adapted = copy.deepcopy(double)
     edits = surgery.plan(adapted, EVERYWHERE, example=example)
@@ -226,36 +186,19 @@ def algebra(subject: Subject) -> None:
         raise Failure("random adapters change nothing in the output")
     if worst <= BOUND:
         return
-    floor = _noise(reference, example, expected)
+    floor = noise(reference, example, expected)
     subject.findings["noise"] = floor
     if worst > 20 * floor:
         raise Failure(f"differs from W + s·BA by {worst:.1e}; the model's own noise is {floor:.1e}")
-
-
-def _use_plain_experts(model: nn.Module) -> None:
-    """grouped_mm, which the experts' default forward calls, knows no float64."""
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
-
-
-def _noise(model: nn.Module, example: Example, expected: list[Tensor]) -> float:
-    """What the last bit of its weights changes: large if the model computes in less by itself."""
-    nudged = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in nudged.parameters():
-            parameter.mul_(1 + 2e-16 * torch.randn_like(parameter).sign())
-    return distance(still(nudged, example), expected)
 
 
 def gradients(subject: Subject) -> None:
     """A gradient reaches the A and B of every weight that has one in the stock model."""
     model = subject.adapted()
     randomise(model)
-    _backward(model, subject.example)
+    backward(model, subject.example)
     stock = copy.deepcopy(subject.stock).requires_grad_(True)
-    _backward(stock, subject.example)
+    backward(stock, subject.example)
     reached = {
         name
         for name, parameter in stock.named_parameters(remove_duplicate=False)
@@ -274,17 +217,6 @@ def gradients(subject: Subject) -> None:
     frozen = [n for n, p in model.named_parameters() if "lowrank" not in n and p.grad is not None]
     if frozen:
         raise Failure(f"the frozen {frozen[0]} has a gradient")
-
-
-def _backward(model: nn.Module, example: Example) -> None:
-    total = sum(
-        (leaf * torch.linspace(0.5, 1.5, leaf.numel()).view(leaf.shape)).sum()
-        for leaf in run(model, example)
-        if leaf.requires_grad
-    )
-    if not isinstance(total, Tensor):
-        raise Failure("no output requires a gradient")
-    total.backward()
 
 
 def verifies(subject: Subject) -> None:
@@ -393,7 +325,7 @@ class Result:
         return set(self.outcome.values()) == {"ok"}
 
 
-def examine(case: Case, *, roles: bool = True) -> Result:
+def examine(case: Model, *, roles: bool = True) -> Result:
     """Run every check on one model. A failed first check spares the others."""
     start = time.perf_counter()
     subject = Subject(case)
@@ -403,19 +335,12 @@ def examine(case: Case, *, roles: bool = True) -> Result:
             check(subject)
             outcome[check.__name__] = "ok"
         except Exception as error:  # noqa: BLE001 - every cause belongs into the table
-            outcome[check.__name__] = _cause(error)
+            outcome[check.__name__] = cause(error)
         if outcome.get("builds") != "ok":
             break
     told = _roles(subject) if roles and outcome.get("by_role") == "ok" else {}
     elapsed = time.perf_counter() - start
     return Result(case.name, case.library, elapsed, outcome, subject.findings, told)
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, Failure):
-        return str(error)
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} [{Path(where.filename).name}:{where.lineno}]"
 
 
 def _roles(subject: Subject) -> dict[str, tuple[str, str]]:
@@ -476,9 +401,9 @@ def main() -> int:
 def _report(console: Console, result: Result, *, roles: bool) -> None:
     mark = "ok" if result.ok else "FAIL"
     console.print(f"{mark} {result.library}:{result.name} ({result.seconds:.1f} s)", markup=False)
-    for check, cause in result.outcome.items():
-        if cause != "ok":
-            console.print(f"    {check}: {cause}", markup=False)
+    for check, outcome in result.outcome.items():
+        if outcome != "ok":
+            console.print(f"    {check}: {outcome}", markup=False)
     for path, (role, reason) in result.roles.items() if roles else ():
         console.print(f"    {path}: {role} ({reason})", markup=False)
 

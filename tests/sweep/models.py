@@ -7,7 +7,24 @@ The examples to call them with are inferred, as they would be for an outsider.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import surgery
+from surgery.sources import Example, infer_example
+from tests.zoo import perturb
+
+
+class Model(Protocol):
+    """What is examined: a name, and how to build it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def library(self) -> str: ...
+    def build(self) -> tuple[nn.Module, Example]: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,14 @@ class Case:
     def library(self) -> str:
         return self.spec.partition(":")[0]
 
+    def build(self) -> tuple[nn.Module, Example]:
+        """The perturbed model in eval mode and the call to make."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = surgery.load(self.spec, config=self.config, dtype="float32")
+        perturb(model).eval()
+        return model, infer_example(model)
+
 
 def _timm(name: str, *, fast: bool = False, **config: Any) -> Case:
     return Case(f"timm:{name}", {"num_classes": 10, **config}, fast)
@@ -45,13 +70,13 @@ def _diffusers(name: str, *, fast: bool = False, **config: Any) -> Case:
     return Case(f"diffusers:{name}", config, fast)
 
 
-_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 
 _DECODER: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
@@ -65,8 +90,8 @@ _ENCODER: dict[str, Any] = {
 _SEQ2SEQ: dict[str, Any] = {
     "vocab_size": 96,
     "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48,
@@ -80,7 +105,7 @@ _SEQ2SEQ: dict[str, Any] = {
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -89,7 +114,7 @@ _TEXT_TOWER: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
     "bos_token_id": 1,
@@ -99,7 +124,7 @@ _TEXT_TOWER: dict[str, Any] = {
 _SPEECH: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "conv_dim": [16, 16],
     "conv_kernel": [10, 3],
@@ -110,7 +135,7 @@ _SPEECH: dict[str, Any] = {
 }
 _VAE = {
     "block_out_channels": [16, 32],
-    "layers_per_block": 1,
+    "layers_per_block": 2,
     "latent_channels": 4,
     "norm_num_groups": 8,
 }
@@ -119,9 +144,9 @@ TIMM = (
     _timm("deit_tiny_distilled_patch16_224", **_VIT),
     _timm("beit_base_patch16_224", **_VIT, fast=True),
     _timm("beit3_base_patch16_224", **_VIT),
-    _timm("cait_xxs24_224", **{**_VIT, "depth": 2}),
-    _timm("xcit_nano_12_p16_224", img_size=32, embed_dim=32, depth=2, num_heads=4),
-    _timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(8, 16, 40, 64)),
+    _timm("cait_xxs24_224", **{**_VIT, "depth": 3}),
+    _timm("xcit_nano_12_p16_224", img_size=32, embed_dim=32, depth=3, num_heads=4),
+    _timm("pvt_v2_b0", depths=(2, 2, 2, 2), embed_dims=(8, 16, 40, 64)),
     _timm("mobilevit_xxs"),
     _timm("mobilevitv2_050"),
     _timm("coat_tiny", img_size=64),
@@ -145,7 +170,7 @@ TIMM = (
     _timm("efficientformer_l1"),
     _timm("efficientformerv2_s0"),
     _timm("hiera_tiny_224", img_size=(64, 64), embed_dim=16, stages=(1, 1, 2, 1)),
-    _timm("davit_tiny", depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
+    _timm("davit_tiny", depths=(2, 2, 2, 2), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4)),
     _timm("focalnet_tiny_srf"),
     _timm("vitamin_small_224", img_size=64),
     _timm(
@@ -153,7 +178,7 @@ TIMM = (
         img_size=64,
         window_size=2,
         embed_dim=16,
-        depths=(2, 2, 1, 1),
+        depths=(2, 2, 2, 2),
         num_heads=(1, 2, 4, 8),
     ),
     _timm(
@@ -161,7 +186,7 @@ TIMM = (
         img_size=64,
         window_size=2,
         embed_dim=16,
-        depths=(2, 2, 1, 1),
+        depths=(2, 2, 2, 2),
         num_heads=(1, 2, 4, 8),
     ),
     _timm("convit_tiny", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4),
@@ -172,7 +197,7 @@ TIMM = (
     _timm(
         "tnt_s_patch16_224",
         img_size=64,
-        depth=2,
+        depth=3,
         embed_dim=32,
         inner_dim=8,
         num_heads_inner=2,
@@ -190,7 +215,7 @@ TIMM = (
     _timm("halonet26t"),
     _timm("lambda_resnet26t"),
     _timm("botnet26t_256", img_size=64),
-    _timm("naflexvit_base_patch16_gap", embed_dim=32, depth=2, num_heads=4),
+    _timm("naflexvit_base_patch16_gap", embed_dim=32, depth=3, num_heads=4),
     _timm("inception_next_atto"),
     _timm("rdnet_tiny", num_init_features=16, growth_rates=(8, 8, 8, 8, 8, 8, 8)),
 )
@@ -211,7 +236,7 @@ TRANSFORMERS = (
         "FalconForCausalLM",
         vocab_size=96,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         multi_query=True,
         bos_token_id=1,
@@ -222,7 +247,7 @@ TRANSFORMERS = (
         "GPTJForCausalLM",
         vocab_size=96,
         n_embd=32,
-        n_layer=2,
+        n_layer=3,
         n_head=4,
         rotary_dim=4,
         n_positions=64,
@@ -233,8 +258,8 @@ TRANSFORMERS = (
         "GPTNeoForCausalLM",
         vocab_size=96,
         hidden_size=32,
-        num_layers=2,
-        attention_types=[[["global", "local"], 1]],
+        num_layers=4,
+        attention_types=[[["global", "local"], 2]],
         num_heads=4,
         max_position_embeddings=64,
         bos_token_id=1,
@@ -246,13 +271,13 @@ TRANSFORMERS = (
         hidden_size=32,
         word_embed_proj_dim=24,
         ffn_dim=48,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=64,
     ),
-    _transformers("BloomForCausalLM", vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    _transformers("BloomForCausalLM", vocab_size=96, hidden_size=32, n_layer=3, n_head=4),
     _transformers(
-        "MptForCausalLM", vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=64
+        "MptForCausalLM", vocab_size=96, d_model=32, n_layers=3, n_heads=4, max_seq_len=64
     ),
     _transformers("GptOssForCausalLM", **_GROUPED, head_dim=8, num_local_experts=4),
     _transformers(
@@ -275,7 +300,7 @@ TRANSFORMERS = (
         "MambaForCausalLM",
         vocab_size=96,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         state_size=4,
         time_step_rank=4,
         bos_token_id=1,
@@ -286,7 +311,7 @@ TRANSFORMERS = (
         "Mamba2ForCausalLM",
         vocab_size=96,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         state_size=8,
         num_heads=8,
         head_dim=8,
@@ -307,7 +332,7 @@ TRANSFORMERS = (
             },
         },
         vision_config={
-            "depth": 2,
+            "depth": 3,
             "embed_dim": 32,
             "hidden_size": 32,
             "num_heads": 2,
@@ -322,12 +347,12 @@ TRANSFORMERS = (
         vocab_size=96,
         dim=32,
         hidden_dim=48,
-        n_layers=2,
+        n_layers=3,
         n_heads=4,
         max_position_embeddings=64,
     ),
     _transformers("MPNetModel", **{**_ENCODER, "pad_token_id": 1}),
-    _transformers("XLNetModel", vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    _transformers("XLNetModel", vocab_size=96, d_model=32, n_layer=3, n_head=4, d_inner=48),
     _transformers(
         "ModernBertModel",
         **_ENCODER,
@@ -349,7 +374,7 @@ TRANSFORMERS = (
         d_model=32,
         d_kv=8,
         d_ff=48,
-        num_layers=2,
+        num_layers=3,
         num_heads=4,
         decoder_start_token_id=0,
     ),
@@ -364,7 +389,7 @@ TRANSFORMERS = (
     _transformers(
         "Dinov2Model",
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=32,
         patch_size=8,
@@ -374,7 +399,7 @@ TRANSFORMERS = (
         "DINOv3ViTModel",
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         image_size=32,
         patch_size=8,
@@ -384,7 +409,7 @@ TRANSFORMERS = (
         image_size=32,
         patch_size=4,
         embed_dim=16,
-        depths=[2, 1],
+        depths=[2, 2],
         num_heads=[2, 4],
         window_size=4,
     ),
@@ -393,7 +418,7 @@ TRANSFORMERS = (
         image_size=32,
         patch_size=4,
         embed_dim=16,
-        depths=[2, 1],
+        depths=[2, 2],
         num_heads=[2, 4],
         window_size=4,
     ),
@@ -402,11 +427,11 @@ TRANSFORMERS = (
     _transformers(
         "SegformerForSemanticSegmentation",
         hidden_sizes=[8, 16, 24, 32],
-        depths=[1, 1, 1, 1],
+        depths=[2, 2, 2, 2],
         num_attention_heads=[1, 2, 3, 4],
         decoder_hidden_size=16,
     ),
-    _transformers("ConvNextV2Model", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+    _transformers("ConvNextV2Model", hidden_sizes=[8, 16, 24, 32], depths=[2, 2, 2, 2]),
     _transformers("Wav2Vec2ForCTC", **_SPEECH, fast=True),
     _transformers("HubertModel", **_SPEECH),
     _transformers("WavLMModel", **_SPEECH),
@@ -419,7 +444,7 @@ DIFFUSERS = (
         block_out_channels=[16, 32],
         down_block_types=["DownBlock2D", "AttnDownBlock2D"],
         up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-        layers_per_block=1,
+        layers_per_block=2,
         norm_num_groups=8,
         attention_head_dim=8,
     ),
@@ -429,7 +454,7 @@ DIFFUSERS = (
         num_attention_heads=4,
         attention_head_dim=8,
         in_channels=8,
-        num_layers=2,
+        num_layers=3,
         norm_num_groups=8,
         cross_attention_dim=24,
     ),
@@ -454,8 +479,8 @@ DIFFUSERS = (
         sample_size=8,
         patch_size=2,
         in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=2,
+        num_mmdit_layers=2,
+        num_single_dit_layers=3,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=24,
@@ -469,8 +494,8 @@ DIFFUSERS = (
         patch_size=2,
         in_channels=4,
         hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
+        num_layers=3,
+        num_refiner_layers=2,
         num_attention_heads=4,
         num_kv_heads=2,
         multiple_of=8,
@@ -486,7 +511,7 @@ DIFFUSERS = (
         out_channels=4,
         time_embed_dim=8,
         text_embed_dim=24,
-        num_layers=2,
+        num_layers=3,
         sample_width=8,
         sample_height=8,
         sample_frames=5,
@@ -505,7 +530,7 @@ DIFFUSERS = (
         text_dim=24,
         freq_dim=16,
         ffn_dim=48,
-        num_layers=2,
+        num_layers=3,
         rope_max_seq_len=32,
     ),
     _diffusers(
@@ -515,7 +540,7 @@ DIFFUSERS = (
         num_attention_heads=4,
         attention_head_dim=8,
         cross_attention_dim=32,
-        num_layers=2,
+        num_layers=3,
         caption_channels=24,
     ),
     _diffusers(
@@ -524,7 +549,7 @@ DIFFUSERS = (
         out_channels=4,
         num_attention_heads=4,
         attention_head_dim=8,
-        num_layers=2,
+        num_layers=3,
         num_cross_attention_heads=4,
         cross_attention_head_dim=8,
         cross_attention_dim=32,
@@ -535,7 +560,7 @@ DIFFUSERS = (
         "StableAudioDiTModel",
         sample_size=16,
         in_channels=4,
-        num_layers=2,
+        num_layers=3,
         attention_head_dim=8,
         num_attention_heads=4,
         num_key_value_attention_heads=2,
@@ -549,7 +574,7 @@ DIFFUSERS = (
         "QwenImageTransformer2DModel",
         in_channels=16,
         out_channels=4,
-        num_layers=2,
+        num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=24,
@@ -560,7 +585,7 @@ DIFFUSERS = (
         patch_size=2,
         num_attention_heads=4,
         attention_head_dim=8,
-        num_layers=2,
+        num_layers=3,
         pooled_projection_dim=16,
         in_channels=4,
         text_embed_dim=24,
@@ -578,7 +603,7 @@ DIFFUSERS = (
         codebook_size=32,
         in_channels=32,
         block_out_channels=32,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=48,
         block_num_heads=4,
@@ -588,7 +613,7 @@ DIFFUSERS = (
         "PriorTransformer",
         num_attention_heads=4,
         attention_head_dim=8,
-        num_layers=2,
+        num_layers=3,
         embedding_dim=24,
         num_embeddings=6,
         additional_embeddings=4,
@@ -599,7 +624,7 @@ DIFFUSERS = (
         block_out_channels=[16, 32],
         down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
         up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"],
-        layers_per_block=1,
+        layers_per_block=2,
         norm_num_groups=8,
         cross_attention_dim=24,
         attention_head_dim=8,
@@ -608,7 +633,7 @@ DIFFUSERS = (
         "ControlNetModel",
         block_out_channels=[16, 32],
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-        layers_per_block=1,
+        layers_per_block=2,
         cross_attention_dim=24,
         attention_head_dim=4,
         norm_num_groups=8,
@@ -618,14 +643,14 @@ DIFFUSERS = (
         "AutoencoderKLTemporalDecoder",
         block_out_channels=[32, 64],
         down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
-        layers_per_block=1,
+        layers_per_block=2,
     ),
     _diffusers(
         "VQModel",
         block_out_channels=[16, 32],
         down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
-        layers_per_block=1,
+        layers_per_block=2,
         latent_channels=4,
         num_vq_embeddings=16,
         norm_num_groups=8,
@@ -648,8 +673,8 @@ DIFFUSERS = (
         decoder_block_types=["ResBlock", "EfficientViTBlock"],
         encoder_block_out_channels=[16, 16],
         decoder_block_out_channels=[16, 16],
-        encoder_layers_per_block=[1, 1],
-        decoder_layers_per_block=[1, 1],
+        encoder_layers_per_block=[2, 2],
+        decoder_layers_per_block=[2, 2],
         encoder_qkv_multiscales=[[], [5]],
         decoder_qkv_multiscales=[[], [5]],
     ),

@@ -1,0 +1,413 @@
+"""Everything that coverage checks of one model.
+
+python -m tests.coverage.examine test_vit       # one model, in this process
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery import Rule, Shortcuts, Stack, SurgeryError
+from surgery.passes.streams.segment import Segment, all_segments
+from surgery.sources import Example
+from tests.coverage import differences, reference
+from tests.coverage.cases import MODELS, TooLarge, registered
+from tests.sweep import lowrank_sweep
+from tests.sweep.measure import (
+    Failure,
+    backward,
+    cause,
+    distance,
+    leaves,
+    noise,
+    run,
+    same,
+    scalar,
+    still,
+    use_plain_experts,
+)
+from tests.sweep.models import Model
+
+TEMPERATURE = 0.01
+REASSIGNED = Rule(
+    Shortcuts(
+        topology="ancre", scope="block", mode="add", init="identity", temperature=TEMPERATURE
+    ),
+    where=Stack("all"),
+    id="reassigned",
+)
+#: Largest difference to the reference in float64, relative to the output.
+BOUND = 1e-10
+#: The same for dL/dW, relative to its largest entry: sums over whole states.
+GRADIENT_BOUND = 1e-8
+
+
+@dataclass
+class Result:
+    """What came of one model.
+
+    Attributes:
+        name: As in ``MODELS``, or as timm registers it.
+        library: "timm", "transformers" or "diffusers".
+        module: The timm module.
+        outcome: Check → "ok" or the cause of its failure.
+        findings: What was measured on the way.
+        refused: Why ``shortcuts`` refuses the model; empty if it does not.
+        tracebacks: Of the checks that failed by an unforeseen exception.
+        seconds: The time it took.
+    """
+
+    name: str
+    library: str
+    module: str = ""
+    outcome: dict[str, str] = field(default_factory=dict[str, str])
+    findings: dict[str, Any] = field(default_factory=dict[str, Any])
+    refused: str = ""
+    tracebacks: dict[str, str] = field(default_factory=dict[str, str])
+    seconds: float = 0.0
+
+    def passed(self, prefix: str) -> bool:
+        """Whether every check whose name begins like this was made and held."""
+        found = [value for name, value in self.outcome.items() if name.startswith(prefix)]
+        return bool(found) and set(found) == {"ok"}
+
+
+class Subject(lowrank_sweep.Subject):
+    """One model, and what is made of it once."""
+
+    def reassigned(self) -> nn.Module:
+        """A copy with its shortcuts reassigned."""
+        return surgery.apply(self.stock, REASSIGNED, example=self.example, copy=True)
+
+    @cached_property
+    def wide(self) -> tuple[nn.Module, Example]:
+        """The stock model in float64 and its call."""
+        double = copy.deepcopy(self.stock).double()
+        use_plain_experts(double)
+        return double, self.example.to(dtype=torch.float64)
+
+    @cached_property
+    def random(self) -> nn.Module:
+        """The reassigned model in float64, with random coefficients."""
+        double, example = self.wide
+        model = surgery.apply(double, REASSIGNED, example=example, copy=True).double()
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(5)
+            for tensor in coefficients(model):
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.add_(0.7 * TEMPERATURE * noise)
+        return model
+
+
+def coefficients(model: nn.Module) -> list[Tensor]:
+    """The logits of every stack."""
+    return [tensor for *_, segment in all_segments(model) for tensor in segment.parameters()]
+
+
+# -- low-rank ----------------------------------------------------------------------------------
+
+
+def lowrank_differences(subject: Subject) -> None:
+    """A central difference along random A and B agrees with their gradients."""
+    double, example = subject.wide
+    model = surgery.apply(double, lowrank_sweep.EVERYWHERE, example=example, copy=True)
+    lowrank_sweep.randomise(model)
+    backward(model, example)
+    trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+    generator = torch.Generator().manual_seed(7)
+    signs = [
+        p.grad.sign() * torch.rand(p.shape, generator=generator, dtype=p.dtype) for p in trained
+    ]
+    expected = sum(float((p.grad * sign).sum()) for p, sign in zip(trained, signs, strict=True))
+    found = [_difference(model, example, trained, signs, step) for step in (1e-6, 1e-5, 1e-4, 1e-3)]
+    off = min(abs(each - expected) for each in found) / abs(expected)
+    subject.findings["lowrank_differences"] = off
+    if off > differences.TOLERANCE:
+        raise Failure(f"the gradient along A and B is {expected:.6g}, differences are {found}")
+
+
+def _difference(
+    model: nn.Module, example: Example, at: list[Tensor], along: list[Tensor], step: float
+) -> float:
+    sides: list[float] = []
+    with torch.no_grad():
+        for move in (step, -2 * step):
+            for tensor, direction in zip(at, along, strict=True):
+                tensor.add_(direction, alpha=move)
+            sides.append(_loss(model, example))
+        for tensor, direction in zip(at, along, strict=True):
+            tensor.add_(direction, alpha=step)
+    return (sides[0] - sides[1]) / (2 * step)
+
+
+def _loss(model: nn.Module, example: Example) -> float:
+    with torch.no_grad():
+        outputs = run(model, example)
+    return float(scalar([leaf.requires_grad_() for leaf in outputs]).detach())
+
+
+# -- shortcuts ---------------------------------------------------------------------------------
+
+
+def shortcuts_exact(subject: Subject) -> None:
+    """Coefficients that start at zero change no bit of the output."""
+    start = time.perf_counter()
+    model = subject.reassigned()
+    subject.findings["apply_seconds"] = time.perf_counter() - start
+    segments = [segment for *_, segment in all_segments(model)]
+    subject.findings["stacks"] = {
+        f"{holder}.{number}" if holder else number: len(segment.members)
+        for holder, number, segment in all_segments(model)
+    }
+    subject.findings["streams"] = max((len(each.streams) for each in segments), default=0)
+    if not segments:
+        raise Failure("nothing was reassigned")
+    after = still(model, subject.example)
+    if not same(after, subject.before):
+        raise Failure(f"outputs differ by {distance(after, subject.before):.1e}")
+
+
+def shortcuts_reach(subject: Subject) -> None:
+    """Right after the rewrite every parameter and every free coefficient has a gradient."""
+    stock = copy.deepcopy(subject.stock).requires_grad_(True)
+    backward(stock, subject.example)
+    model = subject.reassigned()
+    backward(model, subject.example)
+    now = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        had = parameter.grad is not None and bool(parameter.grad.any())
+        gradient = now[name].grad
+        if had and (gradient is None or not gradient.any()):
+            raise Failure(f"no gradient reaches {name}")
+    for path, number, segment in all_segments(model):
+        for parameter in segment.parameters():
+            if parameter.grad is None:
+                raise Failure(f"no gradient reaches the coefficients of {path}.{number}")
+            free = len(parameter) - 1  # the single entry of the first softmax is constant
+            live = int((parameter.grad != 0).sum())
+            if live < free:
+                subject.findings["without_gradient"] = (
+                    subject.findings.get("without_gradient", 0) + free - live
+                )
+
+
+def shortcuts_algebra(subject: Subject) -> None:
+    """With random coefficients it computes y_k + Σ_j W_kj x_j, as hooks on the stock model do."""
+    double, example = subject.wide
+    base = still(double, example)
+    found = still(subject.random, example)
+    if distance(found, base) < 1e-6:
+        raise Failure("random coefficients change nothing in the output")
+    stacks = [_stack(holder, segment) for holder, _, segment in all_segments(subject.random)]
+    with reference.mixing(double, example, stacks):
+        expected = still(double, example)
+        floor = noise(double, example, expected) if distance(found, expected) > BOUND else 0.0
+    worst = distance(found, expected)
+    subject.findings["shortcuts_deviation"] = worst
+    if worst > BOUND:
+        raise Failure(f"differs from the formula by {worst:.1e}; the model's noise is {floor:.1e}")
+
+
+def _stack(holder: str, segment: Segment, weights: Tensor | None = None) -> reference.Stack:
+    prefix = f"{holder}." if holder else ""
+    blocks = tuple(prefix + name for name in segment.members)
+    with torch.no_grad():
+        return reference.Stack(blocks, segment() if weights is None else weights)
+
+
+def shortcuts_gradients(subject: Subject) -> None:
+    """dL/dW is that of the formula under plain autograd, entry by entry."""
+    double, example = subject.wide
+    with _matrices(subject.random) as made:
+        backward(subject.random, example)
+    stacks: list[reference.Stack] = []
+    for holder, _, segment in all_segments(subject.random):
+        with torch.no_grad():
+            weights = segment()
+        stacks.append(_stack(holder, segment, weights.clone().requires_grad_()))
+    with reference.mixing(double, example, stacks):
+        backward(double, example)
+    double.zero_grad()
+    worst = 0.0
+    for (key, ours), theirs in zip(made.items(), stacks, strict=True):
+        expected = theirs.weights.grad
+        if ours.grad is None or expected is None:
+            raise Failure(f"no gradient reaches the matrix of {key}")
+        off = float((ours.grad.tril() - expected.tril()).abs().max() / expected.abs().max())
+        worst = max(worst, off)
+    subject.findings["gradient_deviation"] = worst
+    if worst > GRADIENT_BOUND:
+        raise Failure(f"dL/dW differs from the formula's by {worst:.1e}")
+
+
+@contextmanager
+def _matrices(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The matrices that a forward within it uses, with their gradients after a backward."""
+    made: dict[str, Tensor] = {}
+
+    def keep(key: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, weights: Tensor) -> None:
+            weights.retain_grad()
+            made[key] = weights
+
+        return hook
+
+    handles = [
+        segment.register_forward_hook(keep(f"{holder}.{number}"))
+        for holder, number, segment in all_segments(model)
+    ]
+    yield made
+    for handle in handles:
+        handle.remove()
+
+
+def shortcuts_differences(subject: Subject) -> None:
+    """Central differences agree with the gradient of every coefficient."""
+    _, example = subject.wide
+    model = subject.random
+    model.zero_grad()
+    backward(model, example)
+    logits = coefficients(model)
+    subject.findings["coefficients"] = sum(tensor.numel() for tensor in logits)
+    worst, wrong = differences.compare(lambda: _loss(model, example), logits, TEMPERATURE)
+    subject.findings["differences"] = worst
+    if wrong:
+        first = wrong[0]
+        raise Failure(
+            f"{len(wrong)} groups of coefficients are off by up to {worst:.1e}, such as "
+            f"{first.indices[:4]}: gradient {first.expected:.6g}, difference {first.found:.6g}"
+        )
+
+
+def shortcuts_undo(subject: Subject) -> None:
+    """Undo brings back every bit, key, flag and class."""
+    model = subject.reassigned()
+    with torch.no_grad():
+        for tensor in coefficients(model):
+            tensor.normal_()
+    surgery.undo(model)
+    if not same(still(model, subject.example), subject.before):
+        raise Failure("outputs differ after undo")
+    for one, other in zip(model.modules(), subject.stock.modules(), strict=True):
+        if type(one) is not type(other):
+            raise Failure(f"a {type(other).__name__} is a {type(one).__name__} after undo")
+    old, new = subject.stock.state_dict(), model.state_dict()
+    if list(old) != list(new) or not all(_equal(new[name], old[name]) for name in old):
+        raise Failure("the state dict differs after undo")
+    flags = [(n, p.requires_grad) for n, p in subject.stock.named_parameters()]
+    if flags != [(n, p.requires_grad) for n, p in model.named_parameters()]:
+        raise Failure("requires_grad differs after undo")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return list(map(str, leaves(one))) == list(map(str, leaves(other)))
+
+
+def residuals(subject: Subject) -> None:
+    """How many residual additions the library finds."""
+    from surgery.residuals import residuals as find
+
+    found = find(subject.stock, subject.example)
+    subject.findings["residuals"] = len(found)
+
+
+BUILD = lowrank_sweep.builds
+LOWRANK: dict[str, Callable[[Any], None]] = {
+    "lowrank_exact": lowrank_sweep.exact,
+    "lowrank_algebra": lowrank_sweep.algebra,
+    "lowrank_gradients": lowrank_sweep.gradients,
+    "lowrank_differences": lowrank_differences,
+    "lowrank_undo": lowrank_sweep.undoes,
+}
+SHORTCUTS: dict[str, Callable[[Any], None]] = {
+    "shortcuts_exact": shortcuts_exact,
+    "shortcuts_reach": shortcuts_reach,
+    "shortcuts_algebra": shortcuts_algebra,
+    "shortcuts_gradients": shortcuts_gradients,
+    "shortcuts_differences": shortcuts_differences,
+    "shortcuts_undo": shortcuts_undo,
+}
+
+
+def examine(model: Model) -> Result:
+    """Check one model. A model that does not build, or is refused, is spared the rest."""
+    start = time.perf_counter()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    result = Result(model.name, model.library, vars(model).get("module", ""))
+    subject = Subject(model, result.findings)
+    if _check(result, "builds", BUILD, subject):
+        _check(result, "residuals", residuals, subject)
+        _check_shortcuts(result, subject)
+        for name, check in LOWRANK.items():
+            _check(result, name, check, subject)
+    result.seconds = round(time.perf_counter() - start, 2)
+    return result
+
+
+def _check_shortcuts(result: Result, subject: Subject) -> None:
+    try:
+        surgery.plan(subject.stock, REASSIGNED, example=subject.example)
+    except SurgeryError as error:
+        result.refused = f"{type(error).__name__}: {error}"
+        return
+    except Exception as error:  # noqa: BLE001 - every cause belongs into the table
+        result.outcome["shortcuts_plan"] = cause(error)
+        result.tracebacks["shortcuts_plan"] = traceback.format_exc(limit=-12)
+        return
+    result.outcome["shortcuts_plan"] = "ok"
+    for name, check in SHORTCUTS.items():
+        if not _check(result, name, check, subject) and name == "shortcuts_exact":
+            return
+
+
+def _check(result: Result, name: str, check: Callable[[Any], None], subject: Subject) -> bool:
+    try:
+        check(subject)
+    except TooLarge as error:
+        result.outcome[name] = f"too large for a worker: {error}"
+    except Exception as error:  # noqa: BLE001 - every cause belongs into the table
+        result.outcome[name] = cause(error)
+        result.tracebacks[name] = traceback.format_exc(limit=-12)
+    else:
+        result.outcome[name] = "ok"
+    return result.outcome[name] == "ok"
+
+
+def find(name: str) -> Model:
+    """The model of a name."""
+    return MODELS[name] if name in MODELS else registered()[name]
+
+
+def main() -> int:
+    """Examine the models that are named and print what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+")
+    failed = 0
+    for name in parser.parse_args().names:
+        result = examine(find(name))
+        sys.stdout.write(json.dumps(asdict(result), indent=1).replace("\\n", "\n") + "\n")
+        failed += any(outcome != "ok" for outcome in result.outcome.values())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
