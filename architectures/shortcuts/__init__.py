@@ -1,0 +1,21 @@
+"""Residual topologies, one published method per file, and the mixing of states they ask for."""
+
+from architectures.shortcuts.ancre import Ancre
+from architectures.shortcuts.base import Init, Support, Topology, triangle
+from architectures.shortcuts.denseformer import DenseFormer
+from architectures.shortcuts.history import History, weighted_sum
+from architectures.shortcuts.mixer import Mixer
+from architectures.shortcuts.static import Static
+
+__all__ = [
+    "Ancre",
+    "DenseFormer",
+    "History",
+    "Init",
+    "Mixer",
+    "Static",
+    "Support",
+    "Topology",
+    "triangle",
+    "weighted_sum",
+]
