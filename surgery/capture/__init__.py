@@ -64,10 +64,19 @@ children as leaves (``inline`` names the ones to look into), and writes Python f
     ``.source``     the generated Python: ``accepts(self, ...)`` and ``forward(self, ...)``.
     ``.forward(module, *args, **kwargs)``  runs it with the original module as ``self``;
                     ``.accepts(...)`` says whether it may. Identical sources share one code object.
-    ``.rewritten(graph, module)``  the same capture with another graph.
+    ``.rewritten(graph, module, extra=())``  the same capture with another graph, which may have
+                    more inputs: placeholders after the parameters, the last one ``*name``.
+
+``capture_blocks(model, args, kwargs, paths=...)`` captures blocks at the calls that the model makes
+of them, in one run.
 
 ``Forward(capture, edit=None)`` is what to put in place of a forward: it holds up to eight variants,
-captures a new one when no variant accepts a call, and raises `CaptureError` past that.
+captures a new one when no variant accepts a call, does ``edit`` to it, and raises `CaptureError`
+past that. Without a capture it makes its first one at its first call.
+
+``forward_mixin(name, capture, module, edit)`` is the class to graft so that the module's forward is
+the edited capture. Its extra inputs stand behind `RELAY` among the positional arguments of a call.
+Modules of one source share the class. ``code_of(module)`` is the Python it runs.
 
 Errors are `CaptureError`: the path and class of the module, the file and line, and why.
 """
@@ -78,15 +87,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.capture.blocks import capture_blocks
     from surgery.capture.calls import Call
     from surgery.capture.guards import Guard, assign, expect
     from surgery.capture.own import Capture, capture
+    from surgery.capture.relay import RELAY, Relay, Rewired, code_of, forward_mixin
     from surgery.capture.trace import Trace, is_atomic, trace_model
     from surgery.capture.values import TensorSpec
     from surgery.capture.variants import Forward
 
 # Imported when first used: grafts live in this package too, and need none of it.
 _HOMES = {
+    "RELAY": "relay",
+    "Relay": "relay",
+    "Rewired": "relay",
+    "capture_blocks": "blocks",
+    "code_of": "relay",
+    "forward_mixin": "relay",
     "Call": "calls",
     "Capture": "own",
     "Forward": "variants",
@@ -101,15 +118,21 @@ _HOMES = {
 }
 
 __all__ = [
+    "RELAY",
     "Call",
     "Capture",
     "Forward",
     "Guard",
+    "Relay",
+    "Rewired",
     "TensorSpec",
     "Trace",
     "assign",
     "capture",
+    "capture_blocks",
+    "code_of",
     "expect",
+    "forward_mixin",
     "is_atomic",
     "trace_model",
 ]

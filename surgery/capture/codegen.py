@@ -130,7 +130,9 @@ class _Writer:
     def code(self) -> Code:
         lines = [_INDENT + line for line in self._body()]
         conditions = tuple(self._conditions())
-        parameters = ", ".join(["self", *map(self._say.variable, self._inputs)])
+        own = self._inputs[: len(self._signature.parameters)]
+        parameters = ", ".join(["self", *map(self._say.variable, own)])
+        inputs = ", ".join(["self", *map(self._parameter, self._inputs)])
         checks = f"\n{_INDENT * 2}and ".join(condition.text for condition in conditions)
         source = "\n".join(
             [
@@ -140,7 +142,7 @@ class _Writer:
                 f"{_INDENT})",
                 "",
                 "",
-                f"def forward({parameters}):",
+                f"def forward({inputs}):",
                 *lines,
                 "",
             ]
@@ -149,10 +151,14 @@ class _Writer:
         names = {**modules, **self._say.names}
         return Code(source, names, conditions, tuple(self._guards))
 
+    def _parameter(self, node: fx.Node) -> str:
+        stars = "*" if str(node.target).startswith("*") else ""
+        return stars + self._say.variable(node)
+
     # -- the conditions of a call --------------------------------------------------------------
 
     def _conditions(self) -> Iterator[Condition]:
-        for parameter, node in zip(self._signature.parameters, self._inputs, strict=True):
+        for parameter, node in zip(self._signature.parameters, self._inputs, strict=False):
             spec = self._signature.specs[parameter.name]
             yield from self._spec_conditions(self._say.variable(node), spec)
         for state in self._signature.autocast:

@@ -109,7 +109,7 @@ class Evaluator:
             value = self._fetch(node)
             if not isinstance(value, torch.Tensor):
                 return Answer(value, False)
-            if _is_meta(value):
+            if not private.is_real(value):
                 # Ones are a mask that keeps everything, and a valid index nearly everywhere.
                 return Answer(torch.ones(value.shape, dtype=value.dtype), True)
             return Answer(value.detach().clone(), False)

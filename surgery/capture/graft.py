@@ -12,6 +12,7 @@ from __future__ import annotations
 import copyreg
 import threading
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,23 @@ from torch import nn
 from surgery.errors import ModelStateError
 
 MARK = "__surgery__"
+
+
+class Generated:
+    """Base of mixins made at run time, which pickle cannot import: they say how they are made."""
+
+    @classmethod
+    def recipe(cls) -> tuple[Callable[..., type], tuple[Any, ...]]:
+        """An importable function and the arguments from which it makes this class again."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """Stands for a `Generated` mixin in a pickle."""
+
+    make: Callable[..., type]
+    args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -60,8 +78,9 @@ def graft(module: nn.Module, mixin: type) -> None:
 
     Args:
         module: Keeps its identity, its parameters and its place in its parents.
-        mixin: An importable class whose methods call ``super()``. One that derives from an
-            ancestor of the module's class goes right above that ancestor instead of on top.
+        mixin: An importable class, or a `Generated` one, whose methods call ``super()``. One that
+            derives from an ancestor of the module's class goes right above that ancestor instead
+            of on top.
 
     Raises:
         ModelStateError: the mixin is there already, or the instance has a ``forward`` of its
@@ -188,8 +207,18 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
             "instance cannot follow",
             hint="save it with surgery.save",
         )
-    return (_rebuild, (found.base, found.mixins), *state)
+    return (_rebuild, (found.base, tuple(map(_portable, found.mixins))), *state)
 
 
-def _rebuild(base: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
-    return base.__new__(_dynamic_class(Mark(base, mixins)))
+def _portable(mixin: Any) -> type | _Recipe:
+    if not issubclass(mixin, Generated):
+        return mixin
+    make, args = mixin.recipe()
+    return _Recipe(make, args)
+
+
+def _rebuild(base: type[nn.Module], mixins: tuple[type | _Recipe, ...]) -> nn.Module:
+    found = tuple(
+        mixin.make(*mixin.args) if isinstance(mixin, _Recipe) else mixin for mixin in mixins
+    )
+    return base.__new__(_dynamic_class(Mark(base, found)))

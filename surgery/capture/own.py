@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from surgery.capture import private
 from surgery.capture import signature as sig
+from surgery.capture.beneath import own_forward
 from surgery.capture.clone import Clones
 from surgery.capture.codegen import Code, Miss, generate
 from surgery.capture.contexts import Ambient
@@ -42,6 +43,7 @@ class Capture:
         inline: Paths of the children whose forward is part of the graph.
         function: The forward that was traced, without its ``self``; None when it was one of the
             instance's own.
+        extra: Inputs after the forward's own parameters; the last one may be ``"*name"``.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Capture:
     code: Code
     inline: tuple[str, ...]
     function: Callable[..., Any] | None = None
+    extra: tuple[str, ...] = ()
     _accepts: Callable[..., bool] = dataclasses.field(init=False, repr=False, compare=False)
     _run: Callable[..., Any] = dataclasses.field(init=False, repr=False, compare=False)
     _bind: Callable[..., tuple[Any, ...]] = dataclasses.field(init=False, repr=False, compare=False)
@@ -68,15 +71,29 @@ class Capture:
         object.__setattr__(self, "_run", run)
         object.__setattr__(self, "_bind", sig.binder(self.signature.parameters))
 
-    def rewritten(self, graph: fx.Graph, root: nn.Module) -> Capture:
+    def rewritten(self, graph: fx.Graph, root: nn.Module, extra: tuple[str, ...] = ()) -> Capture:
         """The same capture with another graph, such as one with its residuals rewired.
 
         Args:
             graph: Made from a copy of ``self.graph``; its guards and inputs stay.
             root: The module, which says how to spell the path to a child.
+            extra: The targets of the placeholders that ``graph`` has beyond the parameters of
+                the forward, in order. The last one may be ``"*name"``: a tuple of what is left.
+
+        Raises:
+            ValueError: the graph's placeholders are not the parameters followed by ``extra``.
         """
+        targets = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+        expected = [*self.inputs, *extra]
+        if targets != expected:
+            raise ValueError(f"the graph's inputs are {targets}, expected {expected}")
         code = generate(graph, root, self.signature, self.constants)
-        return dataclasses.replace(self, graph=graph, code=code)
+        return dataclasses.replace(self, graph=graph, code=code, extra=extra)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the forward's own parameters."""
+        return tuple(parameter.name for parameter in self.signature.parameters)
 
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """The values of the forward's parameters, in order."""
@@ -90,16 +107,33 @@ class Capture:
         """The same for arguments that are bound already."""
         return self._accepts(module, *values)
 
-    def run(self, module: nn.Module, values: tuple[Any, ...]) -> Any:
-        """Run the generated forward on bound arguments that it accepts.
+    def run(self, module: nn.Module, values: tuple[Any, ...], extra: tuple[Any, ...] = ()) -> Any:
+        """Run the generated forward on bound arguments that it accepts, and its extra inputs.
 
         Raises:
             Miss: a guard on the way did not hold.
         """
-        return self._run(module, *values)
+        return self._run(module, *values, *extra)
 
-    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def known(self, values: tuple[Any, ...], extra: tuple[Any, ...] = ()) -> dict[str, Any]:
+        """The values of the graph's placeholders, by node name."""
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        single = len(self.extra)
+        if self.extra and self.extra[-1].startswith("*"):
+            single -= 1
+            extra = (*extra[:single], extra[single:])
+        return dict(zip(names, (*values, *extra), strict=True))
+
+    def forward(
+        self, module: nn.Module, *args: Any, extra: tuple[Any, ...] = (), **kwargs: Any
+    ) -> Any:
         """Run the captured forward with ``module`` as ``self``.
+
+        Args:
+            module: What the forward is run on.
+            args: Positional arguments of the forward.
+            extra: The inputs that a rewritten graph has besides.
+            kwargs: Keyword arguments of the forward.
 
         Raises:
             CaptureError: the graph is not right for this call; names the guard.
@@ -108,7 +142,7 @@ class Capture:
         if not self.accepts_values(module, values):
             raise CaptureError(f"{self.kind}: {self.why_not(module, values)}")
         try:
-            return self.run(module, values)
+            return self.run(module, values, extra)
         except Miss as miss:
             guard = self.code.inline[miss.index]
             raise CaptureError(f"{self.kind}: captured for {guard}") from None
@@ -116,7 +150,7 @@ class Capture:
     def why_not(self, module: nn.Module, values: tuple[Any, ...]) -> str:
         """The first condition of the capture that a call does not meet."""
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        scope = {"self": module, **dict(zip(names, values, strict=True))}
+        scope = {"self": module, **dict(zip(names, values, strict=False))}
         for condition in self.code.conditions:
             if not eval(condition.text, self.code.names, scope):  # noqa: S307  our own text
                 return f"captured for a call where {condition.why}"
@@ -174,7 +208,9 @@ def _capture(job: _Job, options: Options) -> Capture:
     traced = {"", *job.inline}
     # A parent that is being traced runs this module on fake tensors.
     fake = private.fake_mode_of(tensors((args, kwargs)))
-    tracer = Tracer(clones, lambda path, child: path not in traced, options, fake, job.past)
+    tracer = Tracer(
+        clones, lambda path, child: path not in traced, options, fake=fake, past=job.past
+    )
     forward = types.MethodType(function, clones.root) if function else own_forward(clones.root)
     bound = sig.bind(forward, args, kwargs)
     before = _take_over_attributes(tracer, clones, traced)
@@ -206,19 +242,6 @@ def _capture(job: _Job, options: Options) -> Capture:
         job.inline,
         getattr(forward, "__func__", None),
     )
-
-
-def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward to capture: beneath a wrapper that was put on the instance (offload hooks)."""
-    override = module.__dict__.get("forward")
-    if override is None:
-        return module.forward
-    of_class = type(module).forward
-    innermost = inspect.unwrap(override)
-    innermost = getattr(innermost, "__func__", innermost)
-    if innermost is inspect.unwrap(of_class):
-        return types.MethodType(of_class, module)
-    return override
 
 
 def _spec(parameter: inspect.Parameter, bound: inspect.BoundArguments) -> sig.Spec:

@@ -31,17 +31,23 @@ class Replay:
         variant: What was running.
         module: ``self`` of the forward.
         values: Its bound arguments.
+        extra: What it was given besides.
         miss: Where it stopped.
     """
 
     result: Any
 
     def __init__(
-        self, variant: Capture, module: nn.Module, values: tuple[Any, ...], miss: Miss
+        self,
+        variant: Capture,
+        module: nn.Module,
+        values: tuple[Any, ...],
+        extra: tuple[Any, ...],
+        miss: Miss,
     ) -> None:
         self.module = module
-        inputs = [node.name for node in variant.graph.nodes if node.op == "placeholder"]
-        self._known: dict[str, Any] = {**miss.values, **dict(zip(inputs, values, strict=True))}
+        self._values = values
+        self._known: dict[str, Any] = {**miss.values, **variant.known(values, extra)}
         self._passed = self._before(variant, variant.code.inline[miss.index])
 
     def disturbed(self) -> bool:
@@ -53,7 +59,9 @@ class Replay:
         return Past(frozenset(node.name for node in self._passed), self._known)
 
     def can_continue(self, other: Capture) -> bool:
-        """True when ``other`` begins with what has run and agrees with how it went on."""
+        """True when ``other`` is for this call, begins with what has run and went on like it."""
+        if not other.accepts_values(self.module, self._values):
+            return False
         nodes = list(other.graph.nodes)
         count = len(self._passed)
         if len(nodes) <= count or any(map(_differs, self._passed, nodes)):
@@ -69,7 +77,7 @@ class Replay:
         for mine, theirs in zip(self._passed, other.graph.nodes, strict=False):
             if _differs(mine, theirs):
                 return f"{mine.format_node()} against {theirs.format_node()}"
-        return "to the same guard"
+        return "to the same guard, or to another call"
 
     def finish(self, other: Capture) -> Guard | None:
         """Run the rest of ``other``; the result is in ``result``, unless a guard is returned."""

@@ -90,7 +90,7 @@ def _trace(
 ) -> Trace:
     clones = Clones(model, keep_caches=options.keep_caches)
     tracer = Tracer(clones, is_atomic, options)
-    proxied_args, proxied_kwargs = _placeholders(tracer, model, args, kwargs)
+    proxied_args, proxied_kwargs = placeholders(tracer, model, args, kwargs)
     try:
         with tracer.recording():
             result = clones.root(*proxied_args, **proxied_kwargs)
@@ -103,9 +103,10 @@ def _trace(
     return Trace(tracer.graph, tuple(tracer.guards), tracer.constants, tuple(tracer.calls))
 
 
-def _placeholders(
+def placeholders(
     tracer: Tracer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs of a whole model as proxies, in the nesting of its arguments."""
     names = [*inspect.signature(model.forward).parameters]
 
     def proxied(name: str, value: Any) -> Any:

@@ -86,6 +86,7 @@ class Tracer:
         options: See `Options`.
         fake: The mode that the inputs belong to, when they are fake already.
         past: What a call that is under way has done to its objects already.
+        watch: Gives what to run as the leaf at a path, in place of the function it is given.
     """
 
     def __init__(
@@ -93,11 +94,14 @@ class Tracer:
         clones: Clones,
         is_leaf: Callable[[str, nn.Module], bool],
         options: Options,
+        *,
         fake: private.FakeTensorMode | None = None,
         past: Past | None = None,
+        watch: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
         self.options = options
         self._past = past or Past(frozenset(), {})
+        self._watch = watch or _unwatched
         self.open = True
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
@@ -221,7 +225,8 @@ class Tracer:
     ) -> Any:
         with self._pause():
             node = self._node("call_module", path, args, kwargs)
-            result = self._run_fake(node, self._watching(path, run, (args, kwargs)), args, kwargs)
+            run = self._watch(path, self._watching(path, run, (args, kwargs)))
+            result = self._run_fake(node, run, args, kwargs)
             requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
             known = type(module).__module__.startswith("torch.nn.") and not _has_children(module)
             return self._wrap(node, result, requires_grad, opaque=not known)
@@ -858,6 +863,10 @@ class _Calls:
     def outer(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The same for a class with a ``__call__`` of its own, which is ``run``."""
         return self._tracer.call_module(self._module, run, args, kwargs)
+
+
+def _unwatched(path: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    return run
 
 
 def _run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
