@@ -56,6 +56,9 @@ REASSIGNED = Rule(
 BOUND = 1e-10
 #: The same for dL/dW, relative to its largest entry: sums over whole states.
 GRADIENT_BOUND = 1e-8
+#: Steps of differences along A and B. Large gradients need small ones, and models that round to
+#: float32 within, or choose experts, larger ones.
+_STEPS = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 
 
 @dataclass
@@ -135,7 +138,7 @@ def lowrank_differences(subject: Subject) -> None:
         p.grad.sign() * torch.rand(p.shape, generator=generator, dtype=p.dtype) for p in trained
     ]
     expected = sum(float((p.grad * sign).sum()) for p, sign in zip(trained, signs, strict=True))
-    found = [_difference(model, example, trained, signs, step) for step in (1e-6, 1e-5, 1e-4, 1e-3)]
+    found = [_difference(model, example, trained, signs, step) for step in _STEPS]
     off = min(abs(each - expected) for each in found) / abs(expected)
     subject.findings["lowrank_differences"] = off
     if off > differences.TOLERANCE:

@@ -136,7 +136,7 @@ def page(record: Record) -> str:
     if rest:
         parts += [
             "## Every other model that timm registers\n",
-            "Narrowed by whatever arguments they take; not built if more than 60 M parameters stay.\n",
+            "Narrowed by whatever arguments they take; not built if over 60 M parameters stay.\n",
             *_totals(rest),
             *_failures(rest, level="###"),
         ]
