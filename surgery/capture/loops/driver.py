@@ -1,0 +1,122 @@
+"""The driver's class as the analysis sees it: which modules matter, which methods lead to them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_of
+
+PARAMETER = "?"
+"""Stands for the container of a block that a function was given as an argument."""
+
+_RUNNERS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+_VIEWS = frozenset({"children", "values", "__iter__"})
+_NAMED_VIEWS = frozenset({"named_children", "items"})
+_WHOLE = object()
+
+
+@dataclass
+class Driver:
+    """The class whose code drives stacks.
+
+    Attributes:
+        cls: The stock class.
+        members: The names of the blocks in each container, by the container's path.
+        aliases: Attributes of the driver that were assigned something with a block in it.
+    """
+
+    cls: type[nn.Module]
+    members: dict[str, frozenset[str]]
+    aliases: dict[str, Value] = field(default_factory=dict)
+
+    def element(self, value: Value) -> Value:
+        """What iterating over, or indexing, a value gives."""
+        found = [value.items or NOTHING, *(value.fields or ())]
+        found += [self._module_element(path) for path in value.paths]
+        if value.blocks or value.part:
+            found.append(Value(part=True))
+        return join(*found)
+
+    def _module_element(self, path: str) -> Value:
+        blocks = frozenset({path}) & (self.members.keys() | {PARAMETER})
+        return join(Value(blocks=blocks), Value(paths=self._below(path)))
+
+    def _below(self, path: str) -> frozenset[str]:
+        """Children of the module at ``path`` that are containers or lead to one."""
+        start = f"{path}." if path else ""
+        below = [one[len(start) :] for one in self.members if one and one.startswith(start)]
+        return frozenset(start + rest.partition(".")[0] for rest in below if rest)
+
+    def attribute(self, value: Value, name: str) -> Value:
+        """What an attribute of a value may be."""
+        found = [self._module_attribute(path, name) for path in value.paths]
+        if value.blocks:
+            found.append(_block_attribute(value, name))
+        elif value.part:
+            found.append(Value(part=True))
+        return join(*found)
+
+    def _module_attribute(self, path: str, name: str) -> Value:
+        if name == "_modules":
+            return Value(paths=frozenset({path}))
+        below = f"{path}.{name}" if path else name
+        blocks = frozenset({path}) if name in self.members.get(path, ()) else frozenset[str]()
+        paths = frozenset({below}) & self._below(path)
+        own = frozenset({name}) if path == "" and self.method(name) is not None else frozenset()
+        alias = self.aliases.get(name, NOTHING) if path == "" else NOTHING
+        return join(Value(paths=paths, blocks=blocks, own=own), alias)
+
+    def named(self, value: Value, pattern: re.Pattern[str] | None) -> Value:
+        """What ``getattr`` with a name made at run time may give."""
+        found: list[Value] = []
+        for path in value.paths:
+            start = len(path) + 1 if path else 0
+            names = {below[start:] for below in self._below(path)}
+            names |= self.members.get(path, frozenset()) | self.aliases.keys()
+            fits = [name for name in names if pattern is None or pattern.fullmatch(name)]
+            found += [self._module_attribute(path, name) for name in fits]
+        if value.blocks or value.part:
+            found.append(Value(part=True))
+        return join(*found)
+
+    def method_result(self, value: Value, name: str) -> Value | None:
+        """What a call of a method of containers and lists gives; None if it is not one of those."""
+        if not (value.paths or value.items or value.fields):
+            return None
+        if name in _VIEWS:
+            return items_of(self.element(value))
+        if name in _NAMED_VIEWS:
+            return items_of(tuple_of(NOTHING, self.element(value)))
+        if name in {"pop", "get", "__getitem__", "get_submodule", "popleft"}:
+            return self.element(value)
+        if name in {"copy", "keys"} or hasattr(nn.Module, name):
+            return value if name == "copy" else NOTHING
+        return None
+
+    def method(self, name: str) -> types.FunctionType | property | None:
+        """A method or property of the driver's class."""
+        found = inspect.getattr_static(self.cls, name, None)
+        return found if isinstance(found, types.FunctionType | property) else None
+
+    def is_iterable(self) -> bool:
+        """Whether the driver itself can be looped over (`nn.Sequential`)."""
+        return inspect.getattr_static(self.cls, "__iter__", _WHOLE) is not _WHOLE
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Names of which a method that reaches a block mentions at least one."""
+        parts = {part for path in self.members for part in path.split(".") if part}
+        for path, members in self.members.items():
+            parts |= members if path == "" else frozenset()
+        return frozenset(parts | self.aliases.keys())
+
+
+def _block_attribute(value: Value, name: str) -> Value:
+    if name in _RUNNERS:
+        return Value(bound=value.blocks)
+    return NOTHING if hasattr(nn.Module, name) else Value(part=True)

@@ -1,0 +1,873 @@
+"""Where a function runs blocks, and where it does something with one that cannot be followed.
+
+An abstract interpretation of the function's syntax tree, blind to the order of statements: a name
+stands for whatever is assigned to it anywhere in its scope. Names of nested functions, lambdas and
+comprehensions have scopes of their own; a nested function is followed through its calls.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from surgery.capture.loops.callees import (
+    GATHERING,
+    INSPECTING,
+    SEQUENCES,
+    applies,
+    is_partial,
+    name_pattern,
+    python_function,
+    resolve,
+)
+from surgery.capture.loops.driver import PARAMETER, Driver
+from surgery.capture.loops.source import NoSource, Source, source_of
+from surgery.capture.loops.values import (
+    NOTHING,
+    LocalFunction,
+    Value,
+    flatten,
+    items_of,
+    join,
+    tuple_of,
+)
+
+Kind = Literal["call", "through", "sequence"]
+_ROUNDS = 12
+_DEPTH = 4
+_COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
+
+
+@dataclass(frozen=True)
+class Run:
+    """A call that runs a block: ``callee`` is the expression to wrap."""
+
+    kind: Kind
+    callee: ast.expr
+    containers: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something done to a block that cannot be followed.
+
+    Attributes:
+        why: What is done.
+        node: Where.
+        loop: The innermost loop around it.
+        runs: Whether it may run the block, rather than only keep it.
+        containers: The containers of the block.
+    """
+
+    why: str
+    node: ast.AST
+    loop: ast.AST | None
+    runs: bool
+    containers: frozenset[str]
+
+
+@dataclass
+class Findings:
+    """What one function does with the blocks it can reach."""
+
+    runs: dict[ast.expr, Run] = field(default_factory=dict)
+    troubles: dict[tuple[ast.AST, str], Trouble] = field(default_factory=dict)
+    returns: Value = NOTHING
+    aliases: dict[str, Value] = field(default_factory=dict)
+
+    def runs_parameter(self) -> bool:
+        """Whether a block that came in as an argument is, or may be, run."""
+        running = any(PARAMETER in run.containers for run in self.runs.values())
+        return running or any(
+            trouble.runs and PARAMETER in trouble.containers for trouble in self.troubles.values()
+        )
+
+
+class Analyst:
+    """Scans the functions of one driver; remembers what it found."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self._known: dict[tuple[Any, ...], Findings | None] = {}
+        self._depth = 0
+
+    def method(self, function: types.FunctionType) -> Findings:
+        """What a method does, ``self`` being the driver.
+
+        Raises:
+            NoSource: its text is not to be had.
+        """
+        return self._scan(function, {0: Value(paths=frozenset({""}))})
+
+    def given(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings | None:
+        """What a function does with the blocks it is given; None if that cannot be told."""
+        key = (function.__code__, *sorted(arguments.items(), key=lambda item: item[0]))
+        if key not in self._known:
+            self._known[key] = None
+            if self._depth < _DEPTH:
+                self._known[key] = self._try(function, arguments)
+        return self._known[key]
+
+    def _try(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings | None:
+        self._depth += 1
+        try:
+            return self._scan(function, arguments)
+        except NoSource:
+            return None
+        finally:
+            self._depth -= 1
+
+    def _scan(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings:
+        return Scan(self, function, source_of(function)).run(arguments)
+
+
+class _Scope:
+    """The names of one function, lambda or comprehension."""
+
+    def __init__(self, names: Iterable[str], outer: _Scope | None) -> None:
+        self.values: dict[str, Value] = dict.fromkeys(names, NOTHING)
+        self.outer = outer
+
+    def holder(self, name: str) -> _Scope | None:
+        scope: _Scope | None = self
+        while scope is not None and name not in scope.values:
+            scope = scope.outer
+        return scope
+
+
+class Scan:
+    """One function under analysis."""
+
+    def __init__(self, analyst: Analyst, function: types.FunctionType, source: Source) -> None:
+        self.analyst = analyst
+        self.driver = analyst.driver
+        self.function = function
+        self.source = source
+        self.findings = Findings()
+        self._scopes: dict[ast.AST, _Scope] = {}
+        self._returns: dict[ast.AST, Value] = {}
+        self._scope = _Scope((), None)
+        self._within: list[ast.AST] = []
+        self._loops: list[ast.AST] = []
+        self._unused: set[ast.expr] = set()
+        self._changed = False
+
+    def run(self, arguments: dict[int, Value]) -> Findings:
+        """Interpret the function until nothing new is learnt."""
+        node = self.source.node
+        names = _parameters(node.args)
+        self._scope = self._scope_of(node)
+        for index, value in arguments.items():
+            if index < len(names):
+                self._learn(names[index], value)
+        self._changed, rounds = True, 0
+        while self._changed and rounds < _ROUNDS:
+            self._changed, rounds = False, rounds + 1
+            self.findings = Findings(aliases=self.findings.aliases)
+            self._function_body(node)
+        self.findings.returns = self._returns.get(node, NOTHING)
+        return self.findings
+
+    # Scopes ----------------------------------------------------------------------------------
+
+    def _scope_of(self, node: ast.AST, names: Iterable[str] | None = None) -> _Scope:
+        if node not in self._scopes:
+            found = _names_of(node) if names is None else names
+            self._scopes[node] = _Scope(found, self._scope)
+        return self._scopes[node]
+
+    def _learn(self, name: str, value: Value) -> None:
+        scope = self._scope.holder(name)
+        if scope is None or value == NOTHING:
+            return
+        joined = join(scope.values[name], value)
+        if joined != scope.values[name]:
+            scope.values[name] = joined
+            self._changed = True
+
+    def _is_local(self, name: str) -> bool:
+        return self._scope.holder(name) is not None
+
+    def _function_body(self, node: LocalFunction | ast.FunctionDef) -> None:
+        outer, loops = self._scope, self._loops
+        self._scope, self._loops = self._scope_of(node), []
+        self._within.append(node)
+        if isinstance(node, ast.Lambda):
+            self._give(node, self._eval(node.body))
+        else:
+            self._block(node.body)
+        self._within.pop()
+        self._scope, self._loops = outer, loops
+
+    def _give(self, node: ast.AST, value: Value) -> None:
+        joined = join(self._returns.get(node, NOTHING), value)
+        if joined != self._returns.get(node, NOTHING):
+            self._returns[node] = joined
+            self._changed = True
+
+    # Statements ------------------------------------------------------------------------------
+
+    def _block(self, body: Sequence[ast.stmt]) -> None:
+        for statement in body:
+            self._statement(statement)
+
+    def _statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Assign():
+                value = self._eval(node.value)
+                for target in node.targets:
+                    self._assign(target, value)
+            case ast.AnnAssign():
+                if node.value is not None:
+                    self._assign(node.target, self._eval(node.value))
+            case ast.AugAssign():
+                self._assign(node.target, self._eval(node.value))
+            case ast.Expr():
+                self._unused.add(node.value)
+                self._eval(node.value)
+            case ast.Return():
+                self._return(node)
+            case ast.For() | ast.AsyncFor():
+                self._for(node)
+            case ast.While():
+                self._eval(node.test)
+                self._loops.append(node)
+                self._block(node.body)
+                self._loops.pop()
+                self._block(node.orelse)
+            case ast.With() | ast.AsyncWith():
+                for item in node.items:
+                    value = self._eval(item.context_expr)
+                    if item.optional_vars is not None:
+                        self._assign(item.optional_vars, value)
+                self._block(node.body)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                self._define(node)
+            case _:
+                self._other(node)
+
+    def _other(self, node: ast.AST) -> None:
+        """A statement without a meaning of its own for blocks: look into all of it."""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt):
+                self._statement(child)
+            elif isinstance(child, ast.expr):
+                self._eval(child)
+            else:
+                self._other(child)
+
+    def _return(self, node: ast.Return) -> None:
+        if node.value is None:
+            return
+        value = self._eval(node.value)
+        self._give(self._within[-1], value)
+        if len(self._within) == 1 and self._holds(value) and not _is_module(value):
+            self._keep("a block is returned", node, value)
+
+    def _for(self, node: ast.For | ast.AsyncFor) -> None:
+        self._assign(node.target, self.driver.element(self._eval(node.iter)))
+        self._loops.append(node)
+        self._block(node.body)
+        self._loops.pop()
+        self._block(node.orelse)
+
+    def _define(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self._eval(default)
+        if isinstance(node, ast.AsyncFunctionDef):
+            self._other(node)
+            return
+        self._bind_defaults(node)
+        if node.decorator_list:
+            for decorator in node.decorator_list:
+                self._eval(decorator)
+        self._learn(node.name, Value(functions=frozenset({node})))
+        self._function_body(node)
+
+    def _bind_defaults(self, node: LocalFunction) -> None:
+        """``lambda x, layer=layer: layer(x)``."""
+        positional = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+        named = [
+            *zip(reversed(positional), reversed(node.args.defaults), strict=False),
+            *zip((arg.arg for arg in node.args.kwonlyargs), node.args.kw_defaults, strict=True),
+        ]
+        for name, default in named:
+            if default is not None:
+                self._learn_in(node, name, self._eval(default))
+
+    def _learn_in(self, node: LocalFunction, name: str, value: Value) -> None:
+        outer, self._scope = self._scope, self._scope_of(node)
+        if name in self._scope.values:
+            self._learn(name, value)
+        self._scope = outer
+
+    def _assign(self, target: ast.expr, value: Value) -> None:
+        match target:
+            case ast.Name():
+                self._learn(target.id, value)
+            case ast.Tuple() | ast.List():
+                self._unpack(target.elts, value)
+            case ast.Starred():
+                self._assign(target.value, items_of(self.driver.element(value)))
+            case ast.Subscript():
+                self._eval(target.slice)
+                self._put_into(target.value, value, target)
+            case ast.Attribute():
+                self._set_attribute(target, value)
+            case _:
+                self._other(target)
+
+    def _unpack(self, targets: Sequence[ast.expr], value: Value) -> None:
+        fields = value.fields
+        starred = any(isinstance(target, ast.Starred) for target in targets)
+        if fields is not None and len(fields) == len(targets) and not starred:
+            for target, entry in zip(targets, fields, strict=True):
+                self._assign(target, entry)
+            return
+        element = self.driver.element(value)
+        for target in targets:
+            inner = items_of(element) if isinstance(target, ast.Starred) else element
+            self._assign(target.value if isinstance(target, ast.Starred) else target, inner)
+
+    def _put_into(self, holder: ast.expr, value: Value, node: ast.AST) -> None:
+        """``holder[i] = value``, ``holder.append(value)``."""
+        base = self._eval(holder)
+        if isinstance(holder, ast.Name) and self._is_local(holder.id):
+            self._learn(holder.id, items_of(value))
+        elif self._holds(value) and not base.paths:
+            self._keep("a block is stored in another object", node, value)
+
+    def _set_attribute(self, target: ast.Attribute, value: Value) -> None:
+        base = self._eval(target.value)
+        if self.driver.attribute(base, target.attr).paths:
+            self._keep("the stack is replaced", target, self.driver.attribute(base, target.attr))
+        elif "" in base.paths and self._holds(value):
+            known = self.findings.aliases.get(target.attr, NOTHING)
+            self.findings.aliases[target.attr] = join(known, value)
+        elif self._holds(value) and not (base.blocks or base.part):
+            self._keep("a block is stored in another object", target, value)
+
+    # Expressions -----------------------------------------------------------------------------
+
+    def _eval(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Name():
+                scope = self._scope.holder(node.id)
+                return NOTHING if scope is None else scope.values[node.id]
+            case ast.Constant():
+                return NOTHING
+            case ast.Attribute():
+                return self._attribute(node)
+            case ast.Subscript():
+                return self._subscript(node)
+            case ast.Call():
+                return self._call(node)
+            case ast.IfExp():
+                self._eval(node.test)
+                return join(self._eval(node.body), self._eval(node.orelse))
+            case ast.BoolOp():
+                return join(*[self._eval(value) for value in node.values])
+            case ast.BinOp():
+                return self._operation(node)
+            case ast.NamedExpr():
+                value = self._eval(node.value)
+                self._assign(node.target, value)
+                return value
+            case ast.Starred():
+                return self._eval(node.value)
+            case ast.Await():
+                return self._eval(node.value)
+            case _:
+                return self._eval_display(node)
+
+    def _eval_display(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Tuple() | ast.List() | ast.Set():
+                return self._display(node)
+            case ast.Dict():
+                keys = [self._eval(key) for key in node.keys if key is not None]
+                del keys
+                return items_of(join(*[self._eval(value) for value in node.values]))
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
+                return self._comprehension(node)
+            case ast.Lambda():
+                self._bind_defaults(node)
+                self._scope_of(node)
+                self._function_body(node)
+                return Value(functions=frozenset({node}))
+            case ast.Yield() | ast.YieldFrom():
+                return self._yield(node)
+            case _:
+                self._other(node)
+                return NOTHING
+
+    def _yield(self, node: ast.Yield | ast.YieldFrom) -> Value:
+        if node.value is None:
+            return NOTHING
+        value = self._eval(node.value)
+        given = items_of(value) if isinstance(node, ast.Yield) else value
+        self._give(self._within[-1], given)
+        if self._holds(value):
+            self._keep("a block is yielded", node, value)
+        return NOTHING
+
+    def _display(self, node: ast.Tuple | ast.List | ast.Set) -> Value:
+        values = [self._eval(entry) for entry in node.elts]
+        if any(isinstance(entry, ast.Starred) for entry in node.elts):
+            entries = [
+                self.driver.element(value) if isinstance(entry, ast.Starred) else value
+                for entry, value in zip(node.elts, values, strict=True)
+            ]
+            return items_of(join(*entries))
+        return tuple_of(*values)
+
+    def _operation(self, node: ast.BinOp) -> Value:
+        left, right = self._eval(node.left), self._eval(node.right)
+        if not isinstance(node.op, ast.Add | ast.Mult):
+            return NOTHING
+        parts = [side for side in (left, right) if side.items or side.fields or side.paths]
+        return items_of(join(*[self.driver.element(side) for side in parts]))
+
+    def _comprehension(self, node: _COMPREHENSIONS) -> Value:
+        outer = self._scope
+        targets = [generator.target for generator in node.generators]
+        scope = self._scope_of(node, [name for target in targets for name in _stored(target)])
+        loops = self._loops
+        for generator in node.generators:
+            iterated = self._eval(generator.iter)
+            self._scope = scope
+            self._loops = [*self._loops, node]
+            self._assign(generator.target, self.driver.element(iterated))
+            for condition in generator.ifs:
+                self._eval(condition)
+        if isinstance(node, ast.DictComp):
+            self._eval(node.key)
+            value = self._eval(node.value)
+        else:
+            value = self._eval(node.elt)
+        self._scope, self._loops = outer, loops
+        return items_of(value)
+
+    def _attribute(self, node: ast.Attribute) -> Value:
+        base = self._eval(node.value)
+        found = self.driver.attribute(base, node.attr)
+        owner = self.driver.method(node.attr) if "" in base.paths else None
+        if isinstance(owner, property) and isinstance(owner.fget, types.FunctionType):
+            return join(found, self._result_of(owner.fget))
+        return found
+
+    def _result_of(self, method: types.FunctionType) -> Value:
+        function = python_function(method)
+        if function is None or function.__code__ is self.source.code:
+            return NOTHING
+        known = self.analyst.given(function, {0: Value(paths=frozenset({""}))})
+        return NOTHING if known is None else known.returns
+
+    def _subscript(self, node: ast.Subscript) -> Value:
+        base = self._eval(node.value)
+        self._eval(node.slice)
+        element = self.driver.element(base)
+        if isinstance(node.slice, ast.Slice):
+            return items_of(element)
+        index = node.slice.value if isinstance(node.slice, ast.Constant) else None
+        plain = base.fields is not None and base.items is None and not base.paths
+        if (
+            plain
+            and isinstance(index, int)
+            and -len(base.fields or ()) <= index < len(base.fields or ())
+        ):
+            return (base.fields or ())[index]
+        return element
+
+    # Calls -----------------------------------------------------------------------------------
+
+    def _call(self, node: ast.Call) -> Value:
+        called = self._eval(node.func)
+        values = [self._eval(argument) for argument in node.args]
+        named = {keyword.arg: self._eval(keyword.value) for keyword in node.keywords}
+        found: list[Value] = []
+        if called.runnable:
+            self._run("call", node, called.runnable)
+            self._no_blocks_in([*values, *named.values()], node)
+            return NOTHING
+        if called.functions:
+            found += [self._enter(one, node, values, named) for one in called.functions]
+            return join(*found)
+        if isinstance(node.func, ast.Attribute):
+            shortcut = self._method_call(node, node.func, values)
+            if shortcut is not None:
+                return shortcut
+        if called.own:
+            found += [self._own_call(name, node, values, named) for name in called.own]
+            return join(*found)
+        if called.items is not None and self._holds(called):
+            self._may_run("a part of the stack is called as a module", node, called)
+        if called.part and self._loops and self._feeds(node, values, named):
+            self._may_run("a part of a block is run by itself", node, called)
+        return join(*found, self._outside(node, called, values, named))
+
+    def _method_call(
+        self, node: ast.Call, callee: ast.Attribute, values: list[Value]
+    ) -> Value | None:
+        """Methods of containers, lists and dicts."""
+        base = self._eval(callee.value)
+        name = callee.attr
+        if name in {"append", "add", "insert", "appendleft", "extend", "update", "setdefault"}:
+            given = join(*values)
+            inner = self.driver.element(given) if name in {"extend", "update"} else given
+            if self._holds(given):
+                self._put_into(callee.value, inner, node)
+                return self.driver.element(base)
+        if name in {"get_submodule", "__getattr__"} and base.paths and node.args:
+            return self._get_attribute(base, node.args[0])
+        if "" in base.paths and self.driver.method(name) is not None and not _is_view(name):
+            return None
+        return self.driver.method_result(base, name)
+
+    def _get_attribute(self, base: Value, name: ast.expr) -> Value:
+        if isinstance(name, ast.Constant) and isinstance(name.value, str):
+            for part in name.value.split("."):
+                base = (
+                    self.driver.element(base)
+                    if part.isdigit()
+                    else self.driver.attribute(base, part)
+                )
+            return base
+        return self.driver.named(base, name_pattern(name))
+
+    def _own_call(
+        self, name: str, node: ast.Call, values: list[Value], named: dict[str | None, Value]
+    ) -> Value:
+        """``self.name(...)``."""
+        method = self.driver.method(name)
+        function = python_function(method)
+        if function is None:
+            return self._outside(node, NOTHING, values, named)
+        if not any(self._holds(value) for value in (*values, *named.values())):
+            return self._result_of(function)
+        bound = isinstance(method, types.FunctionType)
+        return self._python_call(function, node, values, named, 1 if bound else 0)
+
+    def _enter(
+        self,
+        function: LocalFunction,
+        node: ast.Call,
+        values: list[Value],
+        named: dict[str | None, Value],
+    ) -> Value:
+        """A call of a function defined inside the method."""
+        names = _parameters(function.args)
+        for name, value in zip(names, values, strict=False):
+            self._learn_in(function, name, value)
+        for name, value in named.items():
+            if name is not None:
+                self._learn_in(function, name, value)
+        del node
+        return self._returns.get(function, NOTHING)
+
+    def _outside(
+        self,
+        node: ast.Call,
+        called: Value,
+        values: list[Value],
+        named: dict[str | None, Value],
+    ) -> Value:
+        """A call of something defined elsewhere."""
+        target = resolve(node.func, self.function, self._is_local)
+        if target is getattr and len(node.args) >= 2:
+            return join(self._get_attribute(values[0], node.args[1]), *values[2:])
+        if isinstance(target, type | types.FunctionType | types.BuiltinFunctionType):
+            known = self._known(target, node, values)
+            if known is not None:
+                return known
+        holding = [value for value in (*values, *named.values()) if self._matters(value)]
+        if not holding:
+            return NOTHING
+        if is_partial(target):
+            return self._partial(node, values, named)
+        return self._unknown_call(target, node, called, values, named)
+
+    def _known(self, target: Any, node: ast.Call, values: list[Value]) -> Value | None:
+        if target in INSPECTING:
+            return NOTHING
+        first = values[0] if values else NOTHING
+        if target in GATHERING:
+            return items_of(self.driver.element(first))
+        if target is next:
+            return join(self.driver.element(first), *values[1:])
+        if target is enumerate:
+            return items_of(tuple_of(NOTHING, self.driver.element(first)))
+        if target is zip or target is itertools.zip_longest:
+            return items_of(tuple_of(*[self.driver.element(value) for value in values]))
+        if target is itertools.chain:
+            return items_of(join(*[self.driver.element(value) for value in values]))
+        if target is dict:
+            return items_of(join(*[self.driver.element(self.driver.element(v)) for v in values]))
+        if target is map or target is filter:
+            return self._map(target, values)
+        if target is functools.reduce and len(values) > 1:
+            for one in first.functions:
+                names = _parameters(one.args)
+                self._learn_in(one, names[-1], self.driver.element(values[1]))
+            return NOTHING if first.functions else None
+        return None
+
+    def _map(self, target: Any, values: list[Value]) -> Value:
+        elements = [self.driver.element(value) for value in values[1:]]
+        results: list[Value] = []
+        for one in values[0].functions:
+            for name, element in zip(_parameters(one.args), elements, strict=False):
+                self._learn_in(one, name, element)
+            results.append(self._returns.get(one, NOTHING))
+        return items_of(join(*elements) if target is filter else join(*results))
+
+    def _partial(
+        self, node: ast.Call, values: list[Value], named: dict[str | None, Value]
+    ) -> Value:
+        """``partial(block, ...)`` runs the block when it is called."""
+        if values and values[0].runnable and not any(map(self._holds, values[1:])):
+            self._no_blocks_in(named.values(), node)
+            return Value(bound=values[0].runnable)
+        holding = join(*values, *named.values())
+        if values and not self._holds(values[0]) and not values[0].functions:
+            return self._may_run("a block is bound to a function by partial", node, holding)
+        return self._may_run("partial of a function around a block", node, holding)
+
+    def _unknown_call(
+        self,
+        target: Any,
+        node: ast.Call,
+        called: Value,
+        values: list[Value],
+        named: dict[str | None, Value],
+    ) -> Value:
+        first = values[0] if values else NOTHING
+        rest = [*values[1:], *named.values()]
+        alone = not any(self._matters(value) for value in rest)
+        starred = bool(node.args) and isinstance(node.args[0], ast.Starred)
+        if alone and not starred:
+            if first.runnable and applies(target) and self._feeds(node, values, named):
+                return self._run("through", node, first.runnable)
+            if first.functions and self._runs_inside(first):
+                return self._around(target, node, first, values, named)
+            if first.functions:
+                return NOTHING
+            if target in SEQUENCES:
+                return self._run("sequence", node, self._containers(first))
+            if _is_module(first) and applies(target):
+                return NOTHING
+        function = python_function(target)
+        if function is not None:
+            return self._python_call(function, node, values, named, 0)
+        if isinstance(target, type) and not called.part:
+            function = python_function(vars(target).get("__init__"))
+        return self._opaque(node, values, named)
+
+    def _python_call(
+        self,
+        function: types.FunctionType,
+        node: ast.Call,
+        values: list[Value],
+        named: dict[str | None, Value],
+        shift: int,
+    ) -> Value:
+        """A call of a function whose text can be read: does it run what it is given?"""
+        names = list(function.__code__.co_varnames[: function.__code__.co_argcount])
+        given = {
+            index + shift: _as_parameter(value)
+            for index, value in enumerate(values)
+            if self._holds(value)
+        }
+        given |= {
+            names.index(name): _as_parameter(value)
+            for name, value in named.items()
+            if name in names and self._holds(value)
+        }
+        held = [value for value in (*values, *named.values()) if self._holds(value)]
+        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+        holding = join(*held)
+        traceable = bool(held) and len(given) == len(held) and not starred
+        known = self.analyst.given(function, given) if traceable else None
+        if known is None:
+            return self._opaque(node, values, named)
+        if not known.runs_parameter():
+            return _instead_of_parameter(known.returns, holding)
+        sequence = [index for index in given if index == shift] == [*given]
+        if shift == 0 and sequence and (values[0].paths or values[0].items):
+            return self._run("sequence", node, self._containers(values[0]))
+        return self._may_run(f"{function.__qualname__} is given a block and runs it", node, holding)
+
+    def _around(
+        self,
+        target: Any,
+        node: ast.Call,
+        first: Value,
+        values: list[Value],
+        named: dict[str | None, Value],
+    ) -> Value:
+        """``checkpoint(function_around_block, x)``."""
+        del target, values, named
+        runs = frozenset[str]().union(*(self._labels_inside(one) for one in first.functions))
+        return self._may_run(
+            "a function that runs a block inside is handed to another", node, Value(blocks=runs)
+        )
+
+    def _opaque(self, node: ast.Call, values: list[Value], named: dict[str | None, Value]) -> Value:
+        """A call that cannot be looked into."""
+        holding = join(*[value for value in (*values, *named.values()) if self._matters(value)])
+        if self._feeds(node, values, named):
+            return self._may_run(f"a block is given to {ast.unparse(node.func)}", node, holding)
+        wrapped = self.driver.element(holding)
+        return join(Value(part=bool(holding.runnable)), items_of(wrapped))
+
+    # Recording -------------------------------------------------------------------------------
+
+    def _feeds(self, node: ast.Call, values: list[Value], named: dict[str | None, Value]) -> bool:
+        """Whether a call passes something besides blocks and its result is used.
+
+        A call that gives a block nothing to work on, or throws its result away, sets something
+        up; it does not run the block on a state.
+        """
+        if node in self._unused:
+            return False
+        given = [
+            *zip(node.args, values, strict=True),
+            *((keyword.value, named[keyword.arg]) for keyword in node.keywords),
+        ]
+        return any(
+            not isinstance(argument, ast.Constant) and not self._matters(value)
+            for argument, value in given
+        )
+
+    def _run(self, kind: Kind, node: ast.Call, containers: frozenset[str]) -> Value:
+        self.findings.runs[node.func] = Run(kind, node.func, containers)
+        return NOTHING
+
+    def _may_run(self, why: str, node: ast.AST, value: Value) -> Value:
+        self._trouble(why, node, value, runs=True)
+        return NOTHING
+
+    def _keep(self, why: str, node: ast.AST, value: Value) -> None:
+        self._trouble(why, node, value, runs=False)
+
+    def _trouble(self, why: str, node: ast.AST, value: Value, *, runs: bool) -> None:
+        loop = self._loops[-1] if self._loops else None
+        containers = self._containers(value)
+        self.findings.troubles[node, why] = Trouble(why, node, loop, runs, containers)
+
+    def _no_blocks_in(self, values: Iterable[Value], node: ast.Call) -> None:
+        for value in values:
+            if self._holds(value) and not _is_module(value):
+                self._may_run("a block is an argument of a block", node, value)
+
+    # Questions -------------------------------------------------------------------------------
+
+    def _containers(self, value: Value) -> frozenset[str]:
+        known = self.driver.members.keys() | {PARAMETER}
+        found = [inner.runnable | (inner.paths & known) for inner in flatten(value)]
+        return frozenset[str]().union(*found)
+
+    def _holds(self, value: Value) -> bool:
+        """Whether a block can be got out of a value."""
+        return value != NOTHING and bool(self._containers(value))
+
+    def _matters(self, value: Value) -> bool:
+        return self._holds(value) or any(inner.functions for inner in flatten(value))
+
+    def _runs_inside(self, value: Value) -> bool:
+        return any(self._labels_inside(function) for function in value.functions)
+
+    def _labels_inside(self, function: LocalFunction) -> frozenset[str]:
+        inside = set(ast.walk(function))
+        runs = [run.containers for run in self.findings.runs.values() if run.callee in inside]
+        returned = self._returns.get(function, NOTHING)
+        nested = [self._labels_inside(one) for one in returned.functions if one is not function]
+        return frozenset[str]().union(*runs, *nested)
+
+
+def _is_view(name: str) -> bool:
+    return name in {"children", "named_children", "values", "items", "__iter__", "pop", "keys"}
+
+
+def _is_module(value: Value) -> bool:
+    """A module that is no block: handing it on runs its own forward, which is rewritten itself."""
+    return bool(value.paths) and not any(
+        inner.runnable or inner.functions for inner in flatten(value)
+    )
+
+
+def _as_parameter(value: Value) -> Value:
+    """The value with every container replaced by the one that stands for an argument's."""
+    here = frozenset({PARAMETER})
+    return Value(
+        here if value.paths else frozenset(),
+        here if value.blocks else frozenset(),
+        here if value.bound else frozenset(),
+        value.part,
+        None if value.items is None else _as_parameter(value.items),
+        None if value.fields is None else tuple(map(_as_parameter, value.fields)),
+    )
+
+
+def _instead_of_parameter(value: Value, given: Value) -> Value:
+    """What a function returned, with its parameter's container replaced by what was given."""
+    names = [inner.runnable | inner.paths for inner in flatten(given)]
+    actual = frozenset[str]().union(*names)
+
+    def swap(labels: frozenset[str]) -> frozenset[str]:
+        return labels - {PARAMETER} | (actual if PARAMETER in labels else frozenset())
+
+    return Value(
+        swap(value.paths),
+        swap(value.blocks),
+        swap(value.bound),
+        value.part,
+        None if value.items is None else _instead_of_parameter(value.items, given),
+        None
+        if value.fields is None
+        else tuple(_instead_of_parameter(entry, given) for entry in value.fields),
+    )
+
+
+def _parameters(arguments: ast.arguments) -> list[str]:
+    return [arg.arg for arg in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+
+
+def _names_of(node: ast.AST) -> set[str]:
+    """The local names of a function or lambda."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return set()
+    arguments = node.args
+    names = {*_parameters(arguments)}
+    names |= {arg.arg for arg in (arguments.vararg, arguments.kwarg) if arg is not None}
+    body: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else [*node.body]
+    for part in body:
+        names |= set(_stored(part))
+    return names
+
+
+def _stored(node: ast.AST) -> Iterator[str]:
+    """Names assigned in a piece of code, not counting scopes inside it."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
+        yield node.id
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+        return
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+    if isinstance(node, ast.ExceptHandler) and node.name:
+        yield node.name
+    if isinstance(node, ast.Lambda):
+        return
+    if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+        inside = (one for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
+        yield from (one.target.id for one in inside)
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _stored(child)
