@@ -37,7 +37,10 @@ if TYPE_CHECKING:
         SurgeryError,
     )
     from surgery.inspection import Inspection, inspect
+    from surgery.passes.freeze import Freeze
     from surgery.passes.lowrank import LowRank
+    from surgery.passes.shortcuts import Shortcuts
+    from surgery.passes.streams import parameter_groups, shortcuts
     from surgery.planning import Plan, apply, plan
     from surgery.rules import (
         CreatedBy,
@@ -70,7 +73,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SurgeryError",
     ),
     "surgery.inspection": ("Inspection", "inspect"),
+    "surgery.passes.freeze": ("Freeze",),
     "surgery.passes.lowrank": ("LowRank",),
+    "surgery.passes.shortcuts": ("Shortcuts",),
+    "surgery.passes.streams": ("parameter_groups", "shortcuts"),
     "surgery.planning": ("Plan", "apply", "plan"),
     "surgery.rules": (
         "CreatedBy",
@@ -98,6 +104,7 @@ __all__ = [
     "CreatedBy",
     "Example",
     "ExportError",
+    "Freeze",
     "Inspection",
     "Layers",
     "LowRank",
@@ -111,6 +118,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "Shape",
+    "Shortcuts",
     "SourceError",
     "Stack",
     "SurgeryError",
@@ -121,9 +129,11 @@ __all__ = [
     "capture",
     "inspect",
     "load",
+    "parameter_groups",
     "plan",
     "restore",
     "save",
+    "shortcuts",
     "undo",
     "verify",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -130,6 +131,7 @@ AdapterOnly = Annotated[
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like sites.")]
+Code = Annotated[bool, typer.Option("--code", help="Show the Python that is rewritten.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
 
@@ -193,6 +195,7 @@ def plan(
     dtype: Dtype = None,
     example: Example = None,
     full: Full = False,
+    code: Code = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -204,7 +207,10 @@ def plan(
             loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
             with progress.task("planning"):
                 made = surgery.plan(loaded, recipe, example=read_example(example))
-        current.result(made.view(full=full), made.to_dict())
+            written = made.code() if code else {}
+        shown = Group(made.view(full=full), *code_views(written)) if code else made.view(full=full)
+        data = {**made.to_dict(), "code": written} if code else made.to_dict()
+        current.result(shown, data)
 
 
 @app.command()
@@ -401,6 +407,17 @@ def entries(kind: Kind) -> list[dict[str, str]]:
         return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
     found = REGISTRIES[kind]
     return [{"name": name, "origin": found.origin(name)} for name in found.names()]
+
+
+def code_views(written: dict[str, str]) -> list[Any]:
+    """Every rewritten method under its name, or a line saying that there is none."""
+    if not written:
+        return [Text("no code is rewritten")]
+    return [
+        part
+        for name, text in written.items()
+        for part in (Text(f"\n{name}", style="bold"), Syntax(text, "python", word_wrap=True))
+    ]
 
 
 def names_view(found: dict[str, list[dict[str, str]]]) -> Table:

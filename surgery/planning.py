@@ -100,6 +100,13 @@ class Plan:
         carry_out(target, Operation(self.recipe.dump(), list(self.edits)), self.passes)
         return target
 
+    def code(self) -> dict[str, str]:
+        """``Class.method`` → the Python that would take its place, of everything rewritten."""
+        found: dict[str, str] = {}
+        for edit in self.edits:
+            found.update(self.passes[edit.rule].code(self.model, edit))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-able data, every edit listed."""
         return {
@@ -273,7 +280,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _choose(sites: ModelMap, rule: Rule, made: Pass) -> Selection:
-    chosen = _named(rule, lambda: select(sites, rule.where, rule.except_, made.accepts))
+    chosen = _named(rule, lambda: _selected(sites, rule, made))
     if chosen.matched or rule.optional:
         return chosen
     misses = "\n".join(f"    {path}: {why}" for path, why in chosen.near)
@@ -282,6 +289,10 @@ def _choose(sites: ModelMap, rule: Rule, made: Pass) -> Selection:
         + (f"; nearest:\n{misses}" if misses else ""),
         hint="surgery.inspect(model) lists what a rule can name; optional: true allows no match",
     )
+
+
+def _selected(sites: ModelMap, rule: Rule, made: Pass) -> Selection:
+    return select(sites, rule.where, rule.except_, made.chooser(sites, rule.where))
 
 
 def _propose(rule: Rule, made: Pass, chosen: Selection, context: PlanContext) -> Sequence[Edit]:

@@ -76,7 +76,23 @@ class Registry:
         return loaded
 
 
-PASSES = Registry("surgery.passes", "pass", {"lowrank": "surgery.passes.lowrank:LowRank"})
+PASSES = Registry(
+    "surgery.passes",
+    "pass",
+    {
+        "freeze": "surgery.passes.freeze:Freeze",
+        "lowrank": "surgery.passes.lowrank:LowRank",
+        "shortcuts": "surgery.passes.shortcuts:Shortcuts",
+    },
+)
 ADAPTERS = Registry("surgery.adapters", "method", {"lora": "architectures.adapters.lora:LoRA"})
-TOPOLOGIES = Registry("surgery.topologies", "topology", {})
+TOPOLOGIES = Registry(
+    "surgery.topologies",
+    "topology",
+    {
+        "ancre": "architectures.shortcuts.ancre:Ancre",
+        "denseformer": "architectures.shortcuts.denseformer:DenseFormer",
+        "static": "architectures.shortcuts.static:Static",
+    },
+)
 FORMATS = Registry("surgery.formats", "format", {})

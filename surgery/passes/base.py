@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import nn
 
 from surgery.capture.graft import check_graftable
 from surgery.record import Edit, Operation, Record
-from surgery.rules import Recipe
+from surgery.rules import Recipe, Where
 from surgery.select import Match, ModelMap, Site
 from surgery.tree import named_modules
 
@@ -94,6 +94,15 @@ class Pass(ABC):
     def accepts(self, site: Site) -> Match:
         """Whether this pass can edit a site at all, with the reason."""
 
+    def chooser(self, sites: ModelMap, where: Where | None) -> Callable[[Site], Match]:
+        """``accepts``, for a pass whose answer depends on the whole model.
+
+        Args:
+            sites: The model's facts.
+            where: The condition of the rule that is being planned.
+        """
+        return self.accepts
+
     @abstractmethod
     def propose(self, sites: Sequence[Site], context: PlanContext) -> Sequence[Edit]:
         """The edits for the selected sites, in order. Changes nothing.
@@ -102,6 +111,10 @@ class Pass(ABC):
             RuleError: an option does not suit a site, such as a rank larger than its matrix.
             Conflict: a site is in a state the pass cannot work on.
         """
+
+    def code(self, model: nn.Module, edit: Edit) -> Mapping[str, str]:
+        """``Class.method`` → the Python that an edit would put in its place, for people to read."""
+        return {}
 
     def frozen(
         self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]

@@ -135,12 +135,10 @@ class ModelMap:
         if self._base is not None:
             return self._base.trace
         try:
-            return trace_model(
-                self.model, self._resolved_example.args, self._resolved_example.kwargs
-            )
+            return trace_model(self.model, self.resolved_example.args, self.resolved_example.kwargs)
         except CaptureError as error:
             inferred = "" if self.example is not None else ", which was inferred"
-            shapes = ", ".join(str(list(t.shape)) for t in self._resolved_example.tensors())
+            shapes = ", ".join(str(list(t.shape)) for t in self.resolved_example.tensors())
             raise CaptureError(
                 error.message,
                 hint=f"if the model cannot be called with the example{inferred} (tensors of "
@@ -148,7 +146,14 @@ class ModelMap:
             ) from error
 
     @cached_property
-    def _resolved_example(self) -> Example:
+    def resolved_example(self) -> Example:
+        """What the model is called with: the example that was given, or one that fits its config.
+
+        Raises:
+            SourceError: none was given and none can be inferred.
+        """
+        if self._base is not None:
+            return self._base.resolved_example
         if self.example is not None:
             given = Example.coerce(self.example)
             devices = {tensor.device.type for tensor in self.model.parameters()}

@@ -162,6 +162,12 @@ def _position_question(sites: ModelMap, where: Where) -> Question:
     return Question(ask)
 
 
+def stacks_meant(sites: ModelMap, where: Where | None) -> tuple[Stack, ...]:
+    """The stacks that a rule speaks of, wherever it does; the outer ones if it names none."""
+    parts = [] if where is None else [part for _, part in where.nested()]
+    return _stacks_meant(sites, [name for part in parts for name in part.stack])
+
+
 def _stacks_meant(sites: ModelMap, wanted: Sequence[str]) -> tuple[Stack, ...]:
     """The stacks a condition speaks of; runs inside layers only where a path names them."""
     if not wanted:

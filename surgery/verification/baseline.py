@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from surgery.copies import same_bits, share_what_is_equal, sharing
 from surgery.editing import repeat, undo
 from surgery.errors import ContractBroken
 from surgery.record import Operation, Record, record_of
 from surgery.tree import named_modules, named_parameters, own_parameters
-from surgery.verification.copies import same_bits, share_what_is_equal, sharing
 from surgery.verification.structure import tensor_named
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from surgery.copies import sharing
 from surgery.record import Record
 from surgery.sources import Example
-from surgery.verification.copies import sharing
 from surgery.verification.measure import Findings
 from surgery.verification.outputs import compare
 from surgery.verification.report import Row, Unchecked

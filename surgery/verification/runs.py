@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from surgery.copies import buffers_put_back
 from surgery.sources import Example
 from surgery.tree import named_parameters
-from surgery.verification.copies import buffers_put_back
 from surgery.verification.outputs import leaves
 
 _SEED = 1234

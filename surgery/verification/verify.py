@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import progress
+from surgery.copies import is_sharded, sharing
 from surgery.errors import ModelStateError, SourceError, SurgeryError
 from surgery.record import Contract, Record, record_of
 from surgery.sources import Example, infer_example, variants
@@ -18,7 +19,6 @@ from surgery.table import human_count
 from surgery.tree import named_modules, named_parameters
 from surgery.verification import structure
 from surgery.verification.baseline import Undone, applied_again, is_at_init, undone
-from surgery.verification.copies import is_sharded, sharing
 from surgery.verification.insertions import Probe
 from surgery.verification.measure import Bounds, Measured, compare_runs, measure
 from surgery.verification.report import Report, Row, Unchecked

@@ -1,0 +1,38 @@
+"""States that flow past blocks: who calls those, with what, and the code that mixes them."""
+
+from __future__ import annotations
+
+from surgery.passes.streams.drivers import check_driven, drive, planned_code, release
+from surgery.passes.streams.holders import holder_mixin
+from surgery.passes.streams.ports import Stream
+from surgery.passes.streams.runs import Run, Runs, find_runs
+from surgery.passes.streams.segment import (
+    CHILD,
+    Fixed,
+    Segment,
+    Segments,
+    all_segments,
+    parameter_groups,
+    segments_of,
+    shortcuts,
+)
+
+__all__ = [
+    "CHILD",
+    "Fixed",
+    "Run",
+    "Runs",
+    "Segment",
+    "Segments",
+    "Stream",
+    "all_segments",
+    "check_driven",
+    "drive",
+    "find_runs",
+    "holder_mixin",
+    "parameter_groups",
+    "planned_code",
+    "release",
+    "segments_of",
+    "shortcuts",
+]

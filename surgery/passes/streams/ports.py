@@ -93,7 +93,7 @@ def _at(value: Any, path: Path) -> Tensor | None:
     for step in path:
         if value is None:
             return None
-        value = getattr(value, step) if _is_fields(value, step) else value[step]
+        value = getattr(value, str(step)) if _is_fields(value, step) else value[step]
     return cast("Tensor | None", value)
 
 
@@ -107,14 +107,15 @@ def _put(value: Any, path: Path, state: Tensor) -> Any:
         setattr(made, cast("str", step), _put(getattr(value, cast("str", step)), rest, state))
         return made
     inner = _put(value[step], rest, state)
-    if isinstance(value, tuple):
-        items = [*cast("tuple[Any, ...]", value)]
-        items[cast("int", step)] = inner
-        fields = getattr(value, "_fields", None)
-        return type(value)(*items) if fields else tuple(items)
-    made = copy.copy(value)
-    made[step] = inner
-    return made
+    if not isinstance(value, tuple):
+        made = copy.copy(value)
+        made[step] = inner
+        return made
+    items = list(cast("tuple[Any, ...]", value))
+    items[cast("int", step)] = inner
+    kind = cast("type[Any]", type(cast("object", value)))
+    named = "_fields" in vars(kind)  # the mark of a namedtuple
+    return kind(*items) if named else tuple(items)
 
 
 def _is_fields(value: Any, step: int | str) -> bool:

@@ -86,7 +86,7 @@ def _first_round(trace: Trace, layers: Sequence[str], left_out: dict[str, str]) 
         if not rounds or order[call.path] <= order[rounds[-1][-1].path]:
             rounds.append([])
         rounds[-1].append(call)
-    longest = max(rounds, key=len, default=[])
+    longest = max(rounds, key=len) if rounds else []
     called = {call.path for call in longest}
     for path in layers:
         if path not in called:

@@ -1,0 +1,342 @@
+"""Residual connections reassigned: the shortcuts of a stack become a matrix, fixed or learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import nn
+
+from architectures.shortcuts import Topology
+from surgery.capture.graft import check_graftable, graft, stock_class, ungraft
+from surgery.errors import Conflict, ModelStateError, RuleError
+from surgery.passes.base import ApplyContext, Pass, PlanContext
+from surgery.passes.streams import (
+    CHILD,
+    Run,
+    Segment,
+    Segments,
+    Stream,
+    check_driven,
+    drive,
+    find_runs,
+    holder_mixin,
+    planned_code,
+    release,
+    segments_of,
+)
+from surgery.record import Contract, Edit, TensorSpec
+from surgery.registry import TOPOLOGIES, suggest
+from surgery.rules import Where, invalid, options
+from surgery.select import Match, ModelMap, Site, Stack, stacks_meant
+from surgery.tree import children
+
+
+def _known_topology(name: str) -> str:
+    if name not in TOPOLOGIES.names():
+        raise invalid(f"unknown topology {name!r}", hint=suggest(name, TOPOLOGIES.names()))
+    return name
+
+
+@options
+class Shortcuts(Pass):
+    """Contract ``exact`` with ``init: identity``, else ``changes``.
+
+    Reassigns the residual connections of stacks of blocks (ANCRe, arXiv 2602.09009):
+    ``x_{k+1} = block_k(x_k) + Σ_{j≤k} c_kj x_j``, where ``x_j`` is what enters block j. A site is a
+    block; the blocks of a stack that are selected have to follow one another. A stack is cut
+    where its state changes shape.
+
+    Args:
+        topology: Where the coefficients come from; ``surgery list topologies`` shows the names.
+        scope: What a state is: what enters a ``block`` (the authors' choice), or the shortcut of
+            every ``residual`` addition.
+        mode: Whether the mixture is a term more (``add``, the authors'), or takes the place of
+            the shortcut that is there (``replace``).
+        init: ``uniform`` (the authors'), which changes a pretrained model; or ``identity`` (not
+            the authors'), which starts as no change at all. By default as the topology starts,
+            ``uniform`` for ``ancre``.
+        temperature: Divides the logits before the softmax.
+        normalization: Whether the coefficients ``incoming`` at a block sum to one, or those
+            ``outgoing`` from a state.
+        parameterization: ``softmax``, or ``constant`` for coefficients that are not learned.
+        edges: Of a ``static`` topology: a K x K matrix, or a text such as ``0:2, 2:3``, where
+            ``i:j`` adds state i to state j.
+        plain_blocks: Allow blocks that have no residual addition of their own.
+    """
+
+    name: ClassVar[str] = "shortcuts"
+
+    topology: Annotated[str, AfterValidator(_known_topology)] = "ancre"
+    scope: Literal["block", "residual"] = "block"
+    mode: Literal["add", "replace"] = "add"
+    init: Literal["uniform", "identity"] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    normalization: Literal["incoming", "outgoing"] | None = None
+    parameterization: Literal["softmax", "constant"] | None = None
+    edges: str | tuple[tuple[float, ...], ...] | None = None
+    plain_blocks: bool = False
+
+    def accepts(self, site: Site) -> Match:
+        """Never: what is a block is known only with its model, see ``chooser``."""
+        return Match.no("it is no block of a stack")
+
+    def chooser(self, sites: ModelMap, where: Where | None) -> Callable[[Site], Match]:
+        """Accepts the blocks of the stacks that a rule speaks of."""
+        layers = sites.index(stacks_meant(sites, where))
+
+        def accepts(site: Site) -> Match:
+            found = layers.get(site.path) if site.parameter is None else None
+            if found is None:
+                return Match.no("it is no block of a stack")
+            stack, at = found
+            return Match.yes(f"it is block {at} of {len(stack)} of {stack}")
+
+        return accepts
+
+    def propose(self, sites: Sequence[Site], context: PlanContext) -> Sequence[Edit]:
+        """One edit per run of blocks with a state of one shape."""
+        chosen = {site.path for site in sites}
+        found: list[tuple[Stack, Run]] = []
+        left_out: dict[str, str] = {}
+        for stack in context.map.all_stacks:
+            layers = [path for path in stack.layers if path in chosen]
+            if not layers:
+                continue
+            _check_consecutive(stack, layers)
+            runs = find_runs(context.map.trace, layers, context.model)
+            left_out.update(runs.left_out)
+            found.extend((stack, run) for run in runs.found)
+        if not found:
+            raise _nothing_to_rewire(left_out)
+        numbers = _Numbers(context)
+        return [self._edit(stack, run, context, numbers, left_out) for stack, run in found]
+
+    def code(self, model: nn.Module, edit: Edit) -> Mapping[str, str]:
+        """The rewritten methods of those who call the blocks."""
+        return planned_code(model, edit.payload["holder"], edit.payload["members"])
+
+    def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Raise if the segment is gone or what holds it was wrapped since."""
+        holder = context.module(model, edit.payload["holder"])
+        check_graftable(holder, edit.payload["holder"] or stock_class(holder).__name__)
+        segments = segments_of(holder)
+        if segments is None or edit.payload["number"] not in children(segments):
+            raise ModelStateError(
+                f"{edit.site} no longer has its shortcuts",
+                hint="they were removed by other means than surgery.undo",
+            )
+
+    def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Put the coefficients beside the blocks and rewrite the code that calls those."""
+        path = edit.payload["holder"]
+        holder = context.module(model, path)
+        segments = segments_of(holder)
+        first = segments is None
+        if segments is None:
+            segments = Segments()
+            segments.train(holder.training)
+        segment = self._segment(edit).train(holder.training)
+        segment.to(_device(holder))
+        segments.add_module(edit.payload["number"], segment)
+        mixin = holder_mixin(holder)
+        if first:
+            if mixin is not None:
+                graft(holder, mixin)
+            holder.add_module(CHILD, segments)
+        try:
+            drive(model, path)
+        except BaseException:
+            self._take_out(holder, edit)
+            raise
+
+    def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Take the coefficients out, with the last ones also the rewritten code."""
+        path = edit.payload["holder"]
+        holder = context.module(model, path)
+        segments = cast("Segments", segments_of(holder))
+        last = len(children(segments)) == 1
+        if last:
+            del holder.__dict__["_modules"][CHILD]
+            release(model, path)
+            mixin = holder_mixin(holder)
+            if mixin is not None:
+                ungraft(holder, mixin)
+            return
+        del segments.__dict__["_modules"][edit.payload["number"]]
+        release(model, path)
+
+    def _take_out(self, holder: nn.Module, edit: Edit) -> None:
+        segments = cast("Segments", segments_of(holder))
+        del segments.__dict__["_modules"][edit.payload["number"]]
+        if not children(segments):
+            del holder.__dict__["_modules"][CHILD]
+            mixin = holder_mixin(holder)
+            if mixin is not None:
+                ungraft(holder, mixin)
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def _edit(
+        self,
+        stack: Stack,
+        run: Run,
+        context: PlanContext,
+        numbers: _Numbers,
+        left_out: Mapping[str, str],
+    ) -> Edit:
+        holder = stack.path
+        prefix = f"{holder}." if holder else ""
+        members = [path.removeprefix(prefix) for path in run.layers]
+        module = context.model.get_submodule(holder)
+        check_graftable(module, holder or stock_class(module).__name__)
+        _check_free(module, holder)
+        check_driven(context.model, holder, members, run.calls)
+        number = numbers.next(holder)
+        payload = {
+            "holder": holder,
+            "number": number,
+            "members": members,
+            "streams": [stream.dump() for stream in run.streams],
+            "sites": len(run),
+        }
+        notes = [
+            f"{path} is left out: {why}" for path, why in left_out.items() if path in stack.layers
+        ]
+        edit = Edit(
+            rule=context.rule,
+            pass_name=self.name,
+            site=f"{prefix}{members[0]}..{members[-1]}",
+            summary=self._summary(len(run), run.shapes),
+            adds={},
+            uses={f"the shortcuts of {path}": "replace" for path in run.layers},
+            contract=Contract("exact" if self._start == "identity" else "changes"),
+            payload=payload,
+            notes=tuple(notes),
+        )
+        name = ".".join(filter(None, (holder, CHILD, number)))
+        return dataclasses.replace(edit, adds=_specs(name, self._segment(edit)))
+
+    def _summary(self, sites: int, shapes: Iterable[str]) -> str:
+        state = " and ".join(shapes)
+        how = f"{self.topology}, {self.scope} {self.mode}, {self._start} start"
+        return f"{how}, K={sites}, state {state}"
+
+    def _segment(self, edit: Edit) -> Segment:
+        payload = edit.payload
+        diagonal, shown = self._diagonals()
+        return Segment(
+            self._topology(payload["sites"]),
+            diagonal=diagonal,
+            shown=shown,
+            members=payload["members"],
+            streams=[Stream.load(stream) for stream in payload["streams"]],
+        )
+
+    def _diagonals(self) -> tuple[float, float]:
+        """What is added to the softmax on the diagonal when mixing, and when shown."""
+        if self.mode == "add":
+            return 0.0, 0.0
+        if self.scope == "residual":
+            return (1.0, 0.0) if self._start == "identity" else (0.0, 0.0)
+        # What a block returns holds its own input once already.
+        return (0.0, 1.0) if self._start == "identity" else (-1.0, 1.0)
+
+    @property
+    def _start(self) -> str:
+        cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
+        return self.init or cls.inits[0]
+
+    def _topology(self, sites: int) -> Topology:
+        cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
+        given = {
+            "temperature": self.temperature,
+            "normalization": self.normalization,
+            "parameterization": self.parameterization,
+            "edges": self.edges,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return _built(cls, self.topology, sites, self._start, chosen)
+
+
+class _Numbers:
+    """Numbers of new segments: after those that a holder has, or that earlier rules add to it."""
+
+    def __init__(self, context: PlanContext) -> None:
+        in_force = [] if context.record is None else context.record.edits
+        self._next: dict[str, int] = {}
+        for edit in (*in_force, *context.earlier):
+            if edit.pass_name == Shortcuts.name:
+                holder, number = edit.payload["holder"], int(edit.payload["number"])
+                self._next[holder] = max(self._next.get(holder, 0), number + 1)
+
+    def next(self, holder: str) -> str:
+        number = self._next.get(holder, 0)
+        self._next[holder] = number + 1
+        return str(number)
+
+
+def _built(
+    cls: type[Topology], name: str, sites: int, init: str, chosen: Mapping[str, Any]
+) -> Topology:
+    surplus = [option for option in chosen if option not in cls.options]
+    if surplus:
+        takes = ", ".join(sorted(cls.options)) or "none"
+        raise RuleError(f"topology {name!r} has no option {surplus[0]!r}; its options are {takes}")
+    try:
+        return cls(sites, init=init, **chosen)
+    except ValueError as error:
+        raise RuleError(f"topology {name!r} on a stack of {sites}: {error}") from None
+
+
+def _check_consecutive(stack: Stack, layers: Sequence[str]) -> None:
+    first = stack.layers.index(layers[0])
+    if tuple(layers) != stack.layers[first : first + len(layers)]:
+        raise RuleError(
+            f"the blocks of {stack} that the rule selects do not follow one another",
+            hint="select a run of blocks, such as layers: '-8:'",
+        )
+
+
+def _nothing_to_rewire(left_out: Mapping[str, str]) -> RuleError:
+    reasons = "\n".join(f"    {path}: {why}" for path, why in list(left_out.items())[:5])
+    return RuleError(
+        "there are no two blocks in a row that keep the shape of their state; a stack of one "
+        "block has no shortcut to reassign" + (f":\n{reasons}" if reasons else ""),
+        hint="surgery.inspect(model) lists the stacks",
+    )
+
+
+def _check_free(holder: nn.Module, path: str) -> None:
+    """Raise if the name that the coefficients need is taken."""
+    if segments_of(holder) is not None:
+        return
+    state = holder.__dict__
+    registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
+    inherited = (vars(cls) for cls in type(holder).__mro__)
+    if any(CHILD in names for names in (*registered, *inherited)):
+        raise Conflict(
+            f"{path or 'the model'} has an attribute {CHILD!r} of its own, which is where the "
+            "coefficients would go",
+            hint="rename it, or leave its blocks out with except:",
+        )
+
+
+def _specs(prefix: str, segment: Segment) -> dict[str, TensorSpec]:
+    """The tensors a segment brings along, by their full names."""
+    trainable = dict(segment.named_parameters())
+    return {
+        f"{prefix}.{name}": TensorSpec(
+            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), name in trainable
+        )
+        for name, tensor in cast("dict[str, torch.Tensor]", segment.state_dict()).items()
+    }
+
+
+def _device(holder: nn.Module) -> torch.device:
+    """Where the blocks are: that of their first tensor."""
+    tensors = (*holder.parameters(), *holder.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -1,0 +1,190 @@
+"""What rewritten code calls: the history of the states of one forward, as a local value.
+
+A loop ``for layer in self.layers: x = layer(x)`` becomes, in the code that
+`surgery.capture.loops` writes::
+
+    steps = begin(self.layers)
+    for layer in self.layers:
+        x = steps(layer)(x)
+
+``steps(layer)`` calls the layer and mixes what it returns with the states that entered the
+layers before it. Nothing is kept on a module, so that calls may overlap, and mixing stands
+outside what a layer checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
+
+from architectures.shortcuts import History
+from surgery.capture import private
+from surgery.errors import ModelStateError
+from surgery.passes.streams import recorder
+from surgery.passes.streams.ports import Stream
+from surgery.passes.streams.segment import Segment, segments_of
+from surgery.tree import children
+
+
+def begin(holder: nn.Module) -> Steps:
+    """The start of a forward through the blocks of ``holder``."""
+    return Steps(holder)
+
+
+class Steps:
+    """One forward through the blocks that a module holds.
+
+    Args:
+        holder: The list, sequence or module that has the blocks as its children.
+    """
+
+    def __init__(self, holder: nn.Module) -> None:
+        found = segments_of(holder)
+        segments = [] if found is None else found.segments()
+        self._runs = [_Run(segment, holder) for segment in segments]
+
+    def __call__(self, layer: nn.Module) -> Callable[..., Any]:
+        """What to call instead of ``layer``."""
+        run = self._run_of(layer)
+        if run is None:
+            return layer
+        return functools.partial(run.step, layer, 0)
+
+    def through(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call instead of ``function(layer, ...)``, which calls the layer."""
+        return functools.partial(self._through, function)
+
+    def _through(self, function: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+        # A bound method of a layer (its __call__) stands for the layer.
+        run = self._run_of(layer if isinstance(layer, nn.Module) else layer.__self__)
+        if run is None:
+            return function(layer, *args, **kwargs)
+        return run.step(function, 1, layer, *args, **kwargs)
+
+    def sequence(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call instead of ``function(layers, x, ...)``, which checkpoints a sequence."""
+        return functools.partial(_sequence, function, self)
+
+    def _run_of(self, layer: nn.Module) -> _Run | None:
+        for run in self._runs:
+            if run.takes(layer):
+                return run
+        return None
+
+
+class _Run:
+    """The blocks of one segment, called one after the other."""
+
+    def __init__(self, segment: Segment, holder: nn.Module) -> None:
+        blocks = children(holder)
+        self._segment = segment
+        self._blocks = [blocks[name] for name in segment.members]
+        self._histories: list[History] = []
+        self._next = 0
+
+    def takes(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` is the block that comes next; False if it is none of this run.
+
+        Raises:
+            ModelStateError: it is one, but another one should have come first.
+        """
+        if self._next == len(self._blocks):
+            self._next = 0  # a forward may go through its blocks more than once
+        if layer is self._blocks[self._next]:
+            return True
+        for index, block in enumerate(self._blocks):
+            if block is layer:
+                raise ModelStateError(
+                    f"block {self._segment.members[index]!r} of a rewired stack was called where "
+                    f"block {self._segment.members[self._next]!r} comes next",
+                    hint="its shortcuts need the state before every block; switch off what skips "
+                    "blocks (LayerDrop, early exit), or leave such blocks out with layers:",
+                )
+        return False
+
+    def step(self, function: Callable[..., Any], skip: int, *given: Any, **kwargs: Any) -> Any:
+        """Call a block and mix what it returns.
+
+        Args:
+            function: Calls the block: the block itself, or what checkpoints it.
+            skip: How many of the positional arguments come before the block's own.
+            given: The arguments of ``function``.
+            kwargs: The same.
+        """
+        segment = self._segment
+        if self._next == 0:
+            weights = segment()
+            self._histories = [History(weights, segment.edges) for _ in segment.streams]
+        self._next += 1
+        args, before = given[skip:], given[:skip]
+        under_way: list[tuple[Stream, History]] = []
+        for stream, history in zip(segment.streams, self._histories, strict=True):
+            state = stream.read(args, kwargs)
+            if state is not None:
+                args, kwargs = stream.written(args, kwargs, history.enter(state))
+                under_way.append((stream, history))
+        result = function(*before, *args, **kwargs)
+        for stream, history in under_way:
+            made = stream.read_result(result)
+            if made is not None:
+                mixed = history.leave(made)
+                recorder.tell(made, mixed)
+                result = stream.written_result(result, mixed)
+        return result
+
+
+def _sequence(
+    function: Callable[..., Any], steps: Steps, layers: Iterable[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """``function(layers, ...)``, which checkpoints a sequence, with each layer by itself.
+
+    The original may checkpoint several layers as one; what is computed is the same.
+    """
+    if function is _SEQUENTIAL:
+        bound = inspect.signature(function).bind(layers, *args, **kwargs)
+        options = dict(bound.kwargs)
+        one = functools.partial(_checkpoint, options)
+        return _one_by_one(one, [(steps, layers)], bound.arguments["input"], skip_last=True)
+    bound = inspect.signature(function).bind(layers, *args, **kwargs)
+    options = dict(bound.arguments)
+    state = options.pop("x")
+    del options["functions"]
+    options.pop("every", None)
+    skip_last = bool(options.pop("skip_last", False))
+    groups = [(steps, layers)]
+    if options.pop("flatten", False):
+        groups = [(begin(part), cast("Iterable[Any]", part)) for part in layers]
+    one = functools.partial(_checkpoint_seq, function, options)
+    return _one_by_one(one, groups, state, skip_last=skip_last)
+
+
+def _one_by_one(
+    one: Callable[..., Any],
+    groups: Iterable[tuple[Steps, Iterable[nn.Module]]],
+    state: Any,
+    *,
+    skip_last: bool,
+) -> Any:
+    layers = [(steps, layer) for steps, members in groups for layer in members]
+    for index, (steps, layer) in enumerate(layers):
+        last = skip_last and index == len(layers) - 1
+        state = steps(layer)(state) if last else steps.through(one)(layer, state)
+    return state
+
+
+def _checkpoint_seq(
+    function: Callable[..., Any], options: dict[str, Any], layer: nn.Module, state: Any
+) -> Any:
+    return function([layer], state, **options)
+
+
+def _checkpoint(options: dict[str, Any], layer: nn.Module, state: Any) -> Any:
+    return private.CHECKPOINT(layer, state, **options)
+
+
+_SEQUENTIAL = cast("Callable[..., Any]", torch_checkpoint.checkpoint_sequential)  # pyright: ignore[reportUnknownMemberType]
