@@ -1,0 +1,93 @@
+"""Where residuals lie: in which layer of which stack, and in which run of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from surgery.residuals.residual import Residual
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a residual lies.
+
+    Attributes:
+        stack: Path of the stack.
+        layer: Path of its layer.
+        index: Index of the layer in the stack.
+    """
+
+    stack: str
+    layer: str
+    index: int
+
+
+@dataclass(frozen=True)
+class ResidualStack:
+    """Residuals that follow one another on one stream, which keeps its shape.
+
+    Attributes:
+        sites: In the order they run; the output of each leads to the shortcut of the next.
+        shape: Shape of the state at the example.
+    """
+
+    sites: tuple[Residual, ...]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+def place(residual: Residual, stacks: Mapping[str, Iterable[str]]) -> Place | None:
+    """The innermost layer of a stack in which a residual lies, or None.
+
+    Args:
+        residual: Of a whole model.
+        stacks: Path of each stack → the paths of its layers, in order.
+    """
+    layers = {
+        layer: Place(stack, layer, at)
+        for stack, members in stacks.items()
+        for at, layer in enumerate(members)
+    }
+    path = residual.block
+    while path not in layers:
+        if not path:
+            return None
+        path = path.rpartition(".")[0]
+    return layers[path]
+
+
+def residual_stacks(residuals: Iterable[Residual]) -> tuple[ResidualStack, ...]:
+    """Runs of residuals whose state keeps its shape, in the order they start.
+
+    A run is cut where the shape changes, and where the state goes through anything but single
+    tensors, such as the concatenation with a long skip.
+
+    Args:
+        residuals: Of one graph.
+    """
+    sites = list(residuals)
+    by_node = {site.node: site for site in sites}
+    before = {site: _previous(site, by_node) for site in sites}
+    after: dict[Residual, Residual] = {}
+    for site in sites:  # of several that follow, the last to run is the outermost
+        previous = before[site]
+        if previous is not None and previous.shape == site.shape:
+            after[previous] = site
+    heads = [site for site in sites if site not in set(after.values())]
+    return tuple(_run(head, after) for head in heads)
+
+
+def _run(head: Residual, after: Mapping[Residual, Residual]) -> ResidualStack:
+    run = [head]
+    while run[-1] in after:
+        run.append(after[run[-1]])
+    return ResidualStack(tuple(run), head.shape)
+
+
+def _previous(site: Residual, by_node: Mapping[fx.Node, Residual]) -> Residual | None:
+    return by_node.get(site.source)
