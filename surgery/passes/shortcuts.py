@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -10,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from architectures.shortcuts import Topology
+from architectures.shortcuts import Init, Topology
 from surgery.capture.graft import check_graftable, graft, stock_class, ungraft
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
@@ -30,6 +31,7 @@ from surgery.passes.streams import (
 )
 from surgery.record import Contract, Edit, TensorSpec
 from surgery.registry import TOPOLOGIES, suggest
+from surgery.residuals import Residual
 from surgery.rules import Where, invalid, options
 from surgery.select import Match, ModelMap, Site, Stack, stacks_meant
 from surgery.tree import children
@@ -109,9 +111,13 @@ class Shortcuts(Pass):
             _check_consecutive(stack, layers)
             runs = find_runs(context.map.trace, layers, context.model)
             left_out.update(runs.left_out)
-            found.extend((stack, run) for run in runs.found)
+            for run in runs.found:
+                if not self.plain_blocks and not any(_residuals_of(run, context.map)):
+                    left_out.update(dict.fromkeys(run.layers, _PLAIN))
+                    continue
+                found.append((stack, run))
         if not found:
-            raise _nothing_to_rewire(left_out)
+            raise _nothing_to_rewire(left_out, context.map)
         numbers = _Numbers(context)
         return [self._edit(stack, run, context, numbers, left_out) for stack, run in found]
 
@@ -246,7 +252,7 @@ class Shortcuts(Pass):
         return (0.0, 1.0) if self._start == "identity" else (-1.0, 1.0)
 
     @property
-    def _start(self) -> str:
+    def _start(self) -> Init:
         cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
         return self.init or cls.inits[0]
 
@@ -280,7 +286,7 @@ class _Numbers:
 
 
 def _built(
-    cls: type[Topology], name: str, sites: int, init: str, chosen: Mapping[str, Any]
+    cls: type[Topology], name: str, sites: int, init: Init, chosen: Mapping[str, Any]
 ) -> Topology:
     surplus = [option for option in chosen if option not in cls.options]
     if surplus:
@@ -301,13 +307,34 @@ def _check_consecutive(stack: Stack, layers: Sequence[str]) -> None:
         )
 
 
-def _nothing_to_rewire(left_out: Mapping[str, str]) -> RuleError:
-    reasons = "\n".join(f"    {path}: {why}" for path, why in list(left_out.items())[:5])
+def _residuals_of(run: Run, sites: ModelMap) -> list[list[Residual]]:
+    """The residual additions inside each block of a run, in the order they are made."""
+    found: dict[str, list[Residual]] = {path: [] for path in run.layers}
+    for residual in sites.residuals.residuals:
+        path = residual.owner
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path].append(residual)
+    return list(found.values())
+
+
+def _nothing_to_rewire(left_out: Mapping[str, str], sites: ModelMap) -> RuleError:
+    grouped: dict[tuple[str, str], str] = {}
+    for path, why in left_out.items():
+        alike = (re.sub(r"\d+", "#", path), re.sub(r"\d+", "#", why))
+        grouped.setdefault(alike, f"    {path}: {why}")
+    count = len(sites.residuals.residuals)
+    has = "the model has no residual addition" if not count else "nothing can be rewired here"
     return RuleError(
-        "there are no two blocks in a row that keep the shape of their state; a stack of one "
-        "block has no shortcut to reassign" + (f":\n{reasons}" if reasons else ""),
-        hint="surgery.inspect(model) lists the stacks",
+        f"{has}: of the selected blocks no two in a row keep the shape of their state and have "
+        "shortcuts to reassign\n" + "\n".join(list(grouped.values())[:8]),
+        hint="surgery.inspect(model) lists stacks and residual additions; plain_blocks: true "
+        "adds shortcuts to blocks that have none",
     )
+
+
+_PLAIN = "it has no residual addition of its own"
 
 
 def _check_free(holder: nn.Module, path: str) -> None:

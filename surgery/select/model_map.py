@@ -11,6 +11,7 @@ from torch import nn
 from surgery.capture import Trace, trace_model
 from surgery.errors import CaptureError
 from surgery.record import record_of
+from surgery.residuals import Findings, examine
 from surgery.select.roles import Role, resolve_roles
 from surgery.select.sites import Site, bare_parameters, is_layer, own_parameters, walk
 from surgery.select.stacks import Stack, find_stacks, stacks_inside
@@ -144,6 +145,13 @@ class ModelMap:
                 hint=f"if the model cannot be called with the example{inferred} (tensors of "
                 f"{shapes}), pass another: example=",
             ) from error
+
+    @cached_property
+    def residuals(self) -> Findings:
+        """The residual additions of the traced forward, and why other additions are none."""
+        if self._base is not None:
+            return self._base.residuals
+        return examine(self.trace.graph, self.model)
 
     @cached_property
     def resolved_example(self) -> Example:
