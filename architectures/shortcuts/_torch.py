@@ -24,28 +24,28 @@ def after_backward(callback: Callable[[], None]) -> None:
     _ENGINE.queue_callback(callback)
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func, forward-mode AD or a dispatch mode is active."""
-    return (
-        _C._are_functorch_transforms_active()
-        or cast("Any", forward_ad)._current_level >= 0
-        or _C._len_torch_dispatch_stack() > 0
-    )
-
-
 def symbolic(*tensors: Tensor) -> bool:
     """Whether these tensors stand for others, so that only plain operations may touch them.
 
     So it is under ``torch.compile``, ``torch.export`` and ``torch.jit.trace``, under torch.func,
-    forward-mode AD and dispatch modes, for subclasses of Tensor and on the meta device.
+    ``is_grads_batched``, forward-mode AD and dispatch modes, for subclasses of Tensor and on the
+    meta device.
     """
     if torch.compiler.is_compiling():
         return True
     return (
         _C._get_tracing_state() is not None
-        or transformed()
-        or any(type(tensor) not in _KNOWN or tensor.is_meta for tensor in tensors)
+        or _C._are_functorch_transforms_active()
+        or cast("Any", forward_ad)._current_level >= 0
+        or _C._len_torch_dispatch_stack() > 0
+        or any(_stands_for_another(tensor) for tensor in tensors)
     )
+
+
+def _stands_for_another(tensor: Tensor) -> bool:
+    if type(tensor) not in _KNOWN or tensor.is_meta:
+        return True
+    return _C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def version(tensor: Tensor) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +78,31 @@ class Topology(nn.Module, ABC):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def at_least_float32(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            if not applied.is_floating_point() or applied.dtype.itemsize >= 4:
+            if not _narrow(applied):
                 return applied
             return tensor.to(applied.device, torch.float32)
 
         # torch leaves the argument of `_apply` untyped.
         return super()._apply(at_least_float32, recurse)  # pyright: ignore[reportUnknownMemberType]
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # With `assign=True` the tensors of the checkpoint become those of the module.
+        for name, value in list(state_dict.items()):
+            if name.startswith(prefix) and isinstance(value, Tensor) and _narrow(value):
+                state_dict[name] = value.float()
+        load = cast("Callable[..., None]", super()._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
+        load(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         """Sites and init, for ``print(model)``."""
         return f"sites={self.sites}, init={self.init}"
+
+
+def _narrow(tensor: Tensor) -> bool:
+    """Whether the tensor holds floating-point numbers of fewer than 32 bits."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
 def triangle(sites: int) -> Support:

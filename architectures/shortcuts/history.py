@@ -57,30 +57,35 @@ class History:
         self._columns: tuple[Tensor, ...] | None = None
         self._aside: _Aside | None = None
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Register the state that enters the next site.
+    def enter(self, x: Tensor, site: int | None = None) -> Tensor:
+        """Register the state that enters a site.
 
         Args:
             x: The state, any shape.
+            site: Which one, for a driver that may skip blocks; the next one by default. A state
+                that never entered is not mixed.
 
         Returns:
             What to give the block: equal to ``x``.
 
         Raises:
-            RuntimeError: the last site was not left, or there is no further one.
+            RuntimeError: the last site was not left, there is no such site, or it is not after
+                the last one.
         """
-        if self._open or self._site + 1 >= self._sites:
+        entering = self._site + 1 if site is None else site
+        if self._open or not self._site < entering < self._sites:
             raise RuntimeError(
-                f"a history of {self._sites} sites cannot enter another one: "
-                f"{'site ' + str(self._site) + ' was not left' if self._open else 'all are left'}"
+                f"cannot enter site {entering} of {self._sites}: site {self._site} was entered "
+                f"last and {'not left yet' if self._open else 'left'} (-1 is none); sites are "
+                "entered in order, each once per forward pass"
             )
-        self._site += 1
+        self._site = entering
         self._open = True
-        users = self._users[self._site]
+        users = self._users[entering]
         if not users:
             return x
         if _torch.symbolic(x, self._weights):
-            self._states[self._site] = _State(x, None, None)
+            self._states[entering] = _State(x, None, None)
             return x
         return self._tap(x, users)
 
@@ -222,7 +227,8 @@ class _Tap(Function):
         x, column = ctx.saved_tensors
         users, gradients = [user for user, _ in found], [each for _, each in found]
         coefficients = _gather(column, users).to(x.device)
-        if torch.is_grad_enabled() or _torch.transformed():
+        present = () if gradient is None else (gradient,)
+        if torch.is_grad_enabled() or _torch.symbolic(x, *present, *gradients):
             total, products = kernels.plain_pull(x, gradient, coefficients, gradients)
         else:
             need_x, need_column = ctx.needs_input_grad[:2]
@@ -264,7 +270,7 @@ class _Mix(Function):
         unused = (None,) * (4 + ctx.tokens)
         if gradient is None:
             return None, None, *unused
-        plain = torch.is_grad_enabled() or _torch.transformed()
+        plain = torch.is_grad_enabled() or _torch.symbolic(gradient)
         if not plain and gradient.stride() != ctx.layout:
             empty = torch.empty_strided(
                 gradient.shape, ctx.layout, dtype=gradient.dtype, device=gradient.device
@@ -327,7 +333,7 @@ class _Push(Function):
         if gradient is None:
             return (None,) * (2 + len(states))
         need_row, *need_states = ctx.needs_input_grad[1:]
-        plain = torch.is_grad_enabled() or _torch.transformed()
+        plain = torch.is_grad_enabled() or _torch.symbolic(gradient)
         totals: list[Tensor | None] = []
         products: list[Tensor] = []
         for index, state in enumerate(states):
