@@ -13,12 +13,13 @@ Before the first use, outside every loop, once per call and per container::
 
 and then, in place of
 
-    ``layer(...)``, ``self.layers[i](...)``                 ``steps(layer)(...)``
-    ``layer.forward(...)``                                  ``steps(layer.forward)(...)``
-    ``checkpoint(layer, ...)``                              ``steps.through(checkpoint)(layer, ...)``
-    ``checkpoint(layer.__call__, ...)``                     likewise
-    ``checkpoint(partial(layer, ...), ...)``                likewise
-    ``checkpoint_seq(self.blocks, ...)``                    ``steps.sequence(checkpoint_seq)(self.blocks, ...)``
+    ``layer(...)``, ``self.layers[i](...)``     ``steps(layer)(...)``
+    ``layer.forward(...)``                      ``steps(layer.forward)(...)``
+    ``checkpoint(layer, ...)``                  ``steps.through(checkpoint)(layer, ...)``
+    ``checkpoint(layer.__call__, ...)``         likewise
+    ``checkpoint(partial(layer, ...), ...)``    likewise
+    ``checkpoint(function_around_layer, ...)``  ``steps.through(checkpoint, layer)(...)``
+    ``checkpoint_seq(self.blocks, ...)``        ``steps.sequence(checkpoint_seq)(self.blocks, ...)``
 
 What the runtime promises
 =========================
@@ -30,10 +31,11 @@ What the runtime promises
     a callable with the block's signature that returns the block's own structure. ``target`` is a
     block or its bound ``forward`` or ``__call__``. It is only *probably* a block: anything that is
     not one of the container's is to be returned as it is.
-``steps.through(function)``
+``steps.through(function, block=None)``
     a callable ``(target, *args, **kwargs)`` that runs ``function(target, *args, **kwargs)``, once,
     and mixes outside of it. ``target`` as above, or a `functools.partial` of it. For any other
-    target it is ``function``. `block_of` tells what a target is.
+    target it is ``function``. `block_of` tells what a target is. With ``block`` the target is a
+    function made around that block, which passes its arguments on to it, first and in order.
 ``steps.sequence(function)``
     a callable ``(blocks, *args, **kwargs)`` that runs ``function`` so that every block of
     ``blocks`` (a Sequential, a list, a slice or an iterator) runs in order with mixing in between.

@@ -14,8 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.utils.checkpoint
+from torch.utils import checkpoint
 
 UNKNOWN = object()
 """The called object is known only when the code runs."""
@@ -37,7 +36,9 @@ GATHERING: frozenset[Any] = frozenset(
 )  # fmt: skip
 """Functions that give the items of their first argument."""
 
-SEQUENCES: frozenset[Any] = frozenset({torch.utils.checkpoint.checkpoint_sequential})
+CHAIN_FROM = vars(itertools.chain)["from_iterable"]
+
+SEQUENCES: frozenset[Any] = frozenset({vars(checkpoint)["checkpoint_sequential"]})
 """Functions that run the items of their first argument, one after the other."""
 
 
@@ -68,9 +69,8 @@ def _free(name: str, function: types.FunctionType) -> Any:
 
 def python_function(called: Any) -> types.FunctionType | None:
     """The function with Python text behind a callable, looking through ``__wrapped__``."""
-    if isinstance(called, staticmethod | classmethod):
-        called = called.__func__
-    unwrapped = inspect.unwrap(called) if isinstance(called, types.FunctionType) else called
+    function: Any = getattr(called, "__func__", called)
+    unwrapped = inspect.unwrap(function) if isinstance(function, types.FunctionType) else None
     return unwrapped if isinstance(unwrapped, types.FunctionType) else None
 
 
@@ -84,6 +84,36 @@ def applies(called: Any) -> bool:
     parameters = list(inspect.signature(found).parameters.values())
     kinds = [parameter.kind for parameter in parameters[:2]]
     return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL]
+
+
+def constant_arguments(
+    function: types.FunctionType, call: ast.Call, shift: int
+) -> dict[str, bool] | None:
+    """The truth of the parameters that a call leaves at their default or gives a constant.
+
+    Args:
+        function: What is called.
+        call: The call.
+        shift: How many parameters come before the first argument (1 for a bound method).
+
+    Returns:
+        By name, or None if arguments are unpacked from a list or dictionary.
+    """
+    starred = any(isinstance(argument, ast.Starred) for argument in call.args)
+    if starred or any(keyword.arg is None for keyword in call.keywords):
+        return None
+    parameters = inspect.signature(function).parameters
+    given: dict[str, ast.expr] = dict(zip([*parameters][shift:], call.args, strict=False))
+    given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+    constants = {
+        name: bool(value.value) for name, value in given.items() if isinstance(value, ast.Constant)
+    }
+    defaults = {
+        name: bool(parameter.default)
+        for name, parameter in parameters.items()
+        if name not in given and isinstance(parameter.default, bool | int | str | None)
+    }
+    return {**defaults, **constants}
 
 
 def is_partial(called: Any) -> bool:

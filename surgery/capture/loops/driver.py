@@ -11,9 +11,6 @@ from torch import nn
 
 from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_of
 
-PARAMETER = "?"
-"""Stands for the container of a block that a function was given as an argument."""
-
 _RUNNERS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 _VIEWS = frozenset({"children", "values", "__iter__"})
 _NAMED_VIEWS = frozenset({"named_children", "items"})
@@ -32,22 +29,22 @@ class Driver:
 
     cls: type[nn.Module]
     members: dict[str, frozenset[str]]
-    aliases: dict[str, Value] = field(default_factory=dict)
+    aliases: dict[str, Value] = field(default_factory=dict[str, Value])
 
     def element(self, value: Value) -> Value:
         """What iterating over, or indexing, a value gives."""
         found = [value.items or NOTHING, *(value.fields or ())]
         found += [self._module_element(path) for path in value.paths]
         if value.blocks or value.part:
-            found.append(Value(part=True))
+            found.append(Value(part=value.blocks | value.part))
         return join(*found)
 
     def _module_element(self, path: str) -> Value:
-        blocks = frozenset({path}) & (self.members.keys() | {PARAMETER})
-        return join(Value(blocks=blocks), Value(paths=self._below(path)))
+        blocks = frozenset({path} if path in self.members else ())
+        return join(Value(blocks=blocks), Value(paths=self.below(path)))
 
-    def _below(self, path: str) -> frozenset[str]:
-        """Children of the module at ``path`` that are containers or lead to one."""
+    def below(self, path: str) -> frozenset[str]:
+        """Paths of the children of the module at ``path`` that are containers or lead to one."""
         start = f"{path}." if path else ""
         below = [one[len(start) :] for one in self.members if one and one.startswith(start)]
         return frozenset(start + rest.partition(".")[0] for rest in below if rest)
@@ -57,8 +54,8 @@ class Driver:
         found = [self._module_attribute(path, name) for path in value.paths]
         if value.blocks:
             found.append(_block_attribute(value, name))
-        elif value.part:
-            found.append(Value(part=True))
+        if value.part:
+            found.append(Value(part=value.part))
         return join(*found)
 
     def _module_attribute(self, path: str, name: str) -> Value:
@@ -66,8 +63,9 @@ class Driver:
             return Value(paths=frozenset({path}))
         below = f"{path}.{name}" if path else name
         blocks = frozenset({path}) if name in self.members.get(path, ()) else frozenset[str]()
-        paths = frozenset({below}) & self._below(path)
-        own = frozenset({name}) if path == "" and self.method(name) is not None else frozenset()
+        paths = frozenset({below}) & self.below(path)
+        mine = path == "" and self.method(name) is not None
+        own = frozenset({name}) if mine else frozenset[str]()
         alias = self.aliases.get(name, NOTHING) if path == "" else NOTHING
         return join(Value(paths=paths, blocks=blocks, own=own), alias)
 
@@ -76,12 +74,12 @@ class Driver:
         found: list[Value] = []
         for path in value.paths:
             start = len(path) + 1 if path else 0
-            names = {below[start:] for below in self._below(path)}
+            names = {below[start:] for below in self.below(path)}
             names |= self.members.get(path, frozenset()) | self.aliases.keys()
             fits = [name for name in names if pattern is None or pattern.fullmatch(name)]
             found += [self._module_attribute(path, name) for name in fits]
         if value.blocks or value.part:
-            found.append(Value(part=True))
+            found.append(Value(part=value.blocks | value.part))
         return join(*found)
 
     def method_result(self, value: Value, name: str) -> Value | None:
@@ -119,4 +117,4 @@ class Driver:
 def _block_attribute(value: Value, name: str) -> Value:
     if name in _RUNNERS:
         return Value(bound=value.blocks)
-    return NOTHING if hasattr(nn.Module, name) else Value(part=True)
+    return NOTHING if hasattr(nn.Module, name) else Value(part=value.blocks)

@@ -19,6 +19,7 @@ from surgery.capture.loops.rebuild import copied, foreign, reachable, rebuild
 from surgery.capture.loops.rewrite import NotUnderstood, plan
 from surgery.capture.loops.scan import Analyst, Findings
 from surgery.capture.loops.source import NoSource, edit, names_in, source_of
+from surgery.capture.loops.targets import whole
 from surgery.capture.loops.values import Value
 from surgery.errors import CaptureError
 
@@ -54,15 +55,8 @@ class Loops:
 
     mixins: tuple[type, ...]
     methods: tuple[str, ...]
-    refused: dict[str, str] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Part:
-    """What is to go right above one class of the driver's ancestry (or on top of it all)."""
-
-    namespace: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    sources: dict[str, str] = field(default_factory=dict[str, str])
 
 
 _Key = tuple[type[nn.Module], tuple[Stack, ...], str]
@@ -242,19 +236,10 @@ class _Maker:
         rewriting = plan(source, analyst.method(function))
         if rewriting is None:
             return None
-        edited = edit(source, rewriting.insertions, (rewriting.begin,))
-        self.sources[self._label(name)] = edited.text
-        return self._with_cells(function, edited.code, rewriting.begin)
-
-    def _label(self, name: str) -> str:
-        return name
-
-    def _with_cells(
-        self, function: types.FunctionType, code: types.CodeType, begin: str
-    ) -> types.FunctionType:
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        cells[begin] = types.CellType(self.begin)
-        return copied(function, code, tuple(cells[free] for free in code.co_freevars))
+        added = {rewriting.begin: self.begin, rewriting.whole: whole}
+        edited = edit(source, rewriting.insertions, tuple(added))
+        self.sources[name] = edited.text
+        return _with_cells(function, edited.code, added)
 
     def _rewritten_property(
         self,
@@ -272,14 +257,15 @@ class _Maker:
 
     def _other(self, words: frozenset[str], owner: type, name: str, attribute: Any) -> Any:
         """An attribute that is no plain function; a callable one may hide a loop."""
+        if isinstance(attribute, staticmethod | classmethod | type):
+            return None  # none of these is given the driver
         held = getattr(attribute, "__wrapped__", getattr(attribute, "func", None))
         if isinstance(held, types.FunctionType):
             if self._mentions(held, words):
                 kind = type(attribute).__qualname__
                 return self._stub(owner, name, held, f"it is wrapped by a {kind}")
             return None
-        routine = callable(attribute) and not isinstance(attribute, type | staticmethod)
-        if name == "forward" and routine:
+        if name == "forward" and callable(attribute):
             return self._stub(owner, name, attribute, "it has no Python source")
         return None
 
@@ -318,6 +304,15 @@ class _Maker:
         return types.new_class(
             f"{owner.__name__}Loops", bases, {"metaclass": metaclass}, lambda to: to.update(body)
         )
+
+
+def _with_cells(
+    function: types.FunctionType, code: types.CodeType, added: dict[str, Any]
+) -> types.FunctionType:
+    """The function with new code: its own cells by name, and new ones for what was added."""
+    cells = {name: types.CellType(value) for name, value in added.items()}
+    cells |= zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return copied(function, code, tuple(cells[free] for free in code.co_freevars))
 
 
 @functools.cache

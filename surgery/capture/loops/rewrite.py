@@ -13,6 +13,7 @@ _WRAPPERS = {"call": "", "through": ".through", "sequence": ".sequence"}
 _SCOPES = (
     ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
 )  # fmt: skip
+_WHOLE = "*"
 _Place = tuple[int, int, ast.stmt]
 """A statement: which list it stands in (by identity), where in it, and itself."""
 
@@ -28,10 +29,12 @@ class Rewriting:
     Attributes:
         insertions: The text and its places.
         begin: The name the runtime is called by inside the method.
+        whole: The name of `surgery.capture.loops.targets.whole` inside the method.
     """
 
     insertions: tuple[Insertion, ...]
     begin: str
+    whole: str
 
 
 def plan(source: Source, findings: Findings) -> Rewriting | None:
@@ -42,6 +45,8 @@ def plan(source: Source, findings: Findings) -> Rewriting | None:
     """
     runs = list(findings.runs.values())
     troubles = list(findings.troubles.values())
+    run = frozenset[str]().union(*(one.containers for one in runs))
+    troubles = [one for one in troubles if not (one.aside and one.containers <= run)]
     stops = [trouble for trouble in troubles if trouble.runs] or (troubles if runs else [])
     if stops:
         raise NotUnderstood(_reason(source, stops[0]))
@@ -50,14 +55,15 @@ def plan(source: Source, findings: Findings) -> Rewriting | None:
     _check_strings(source, runs)
     containers = sorted({path for run in runs for path in run.containers})
     owner = source.node.args.args[0].arg if source.node.args.args else "self"
-    begin = _free_name("begin", source)
+    begin, whole = _free_name("begin", source), _free_name("whole", source)
     names = {path: _free_name(_steps_name(path, containers), source) for path in containers}
+    names[_WHOLE] = whole
     insertions = [one for run in runs for one in _wrap(source, run, names)]
     for rank, path in enumerate(containers):
         uses = [run.callee for run in runs if path in run.containers]
         text = f"{names[path]} = {begin}({expression(owner, path)})"
         insertions.append(_before(source, _place(source, uses), text, rank))
-    return Rewriting(tuple(insertions), begin)
+    return Rewriting(tuple(insertions), begin, whole)
 
 
 def expression(owner: str, path: str) -> str:
@@ -99,11 +105,16 @@ def _steps_name(path: str, containers: Sequence[str]) -> str:
 def _wrap(source: Source, run: Run, names: dict[str, str]) -> Iterator[Insertion]:
     start = source.offset(run.callee.lineno, run.callee.col_offset)
     end = source.offset(run.callee.end_lineno or 1, run.callee.end_col_offset or 0)
+    if run.kind == "whole":
+        yield Insertion(start, 100 - (end - start), f"{names[_WHOLE]}(")
+        yield Insertion(end, 1000 + end - start, ")")
+        return
     wrapper = _WRAPPERS[run.kind]
     opening = "".join(f"{names[path]}{wrapper}(" for path in sorted(run.containers))
     # Nested callees (`f(x)(y)`) start together: the outer one's opening goes first.
     yield Insertion(start, 100 - (end - start), opening)
-    yield Insertion(end, 1000 + end - start, ")" * len(run.containers))
+    closing = ")" if run.block is None else f", {run.block})"
+    yield Insertion(end, 1000 + end - start, closing * len(run.containers))
 
 
 # Where `begin` stands -----------------------------------------------------------------------------

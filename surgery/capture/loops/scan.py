@@ -16,16 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from surgery.capture.loops.callees import (
+    CHAIN_FROM,
     GATHERING,
     INSPECTING,
     SEQUENCES,
+    UNKNOWN,
     applies,
+    constant_arguments,
     is_partial,
     name_pattern,
     python_function,
     resolve,
 )
-from surgery.capture.loops.driver import PARAMETER, Driver
+from surgery.capture.loops.closures import block_name, passes_on
+from surgery.capture.loops.driver import Driver
 from surgery.capture.loops.source import NoSource, Source, source_of
 from surgery.capture.loops.values import (
     NOTHING,
@@ -37,7 +41,7 @@ from surgery.capture.loops.values import (
     tuple_of,
 )
 
-Kind = Literal["call", "through", "sequence"]
+Kind = Literal["call", "through", "sequence", "whole"]
 _ROUNDS = 12
 _DEPTH = 4
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
@@ -45,11 +49,25 @@ _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
 
 @dataclass(frozen=True)
 class Run:
-    """A call that runs a block: ``callee`` is the expression to wrap."""
+    """A call that runs a block.
+
+    Attributes:
+        kind: How: the block is called, a function is given it, a function is given several, or
+            modules that hold several each.
+        call: The call; its callee is what is to be wrapped.
+        containers: The containers the block may be of.
+        block: Python for the block, where the function is given something made around it.
+    """
 
     kind: Kind
-    callee: ast.expr
+    call: ast.Call
     containers: frozenset[str]
+    block: str | None = None
+
+    @property
+    def callee(self) -> ast.expr:
+        """The expression to wrap."""
+        return self.call.func
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ class Trouble:
         node: Where.
         loop: The innermost loop around it.
         runs: Whether it may run the block, rather than only keep it.
+        aside: It runs part of one block, outside of any loop: part of the model's own wiring
+            (an embedding shared with the first block) if the method runs the blocks as well.
         containers: The containers of the block.
     """
 
@@ -69,23 +89,36 @@ class Trouble:
     loop: ast.AST | None
     runs: bool
     containers: frozenset[str]
+    aside: bool = False
 
 
 @dataclass
 class Findings:
-    """What one function does with the blocks it can reach."""
+    """What one function does with the blocks it can reach.
 
-    runs: dict[ast.expr, Run] = field(default_factory=dict)
-    troubles: dict[tuple[ast.AST, str], Trouble] = field(default_factory=dict)
+    Attributes:
+        runs: The calls to rewrite.
+        around: Calls inside functions that another function is handed, which wraps those.
+        troubles: What cannot be followed.
+        returns: What it returns.
+        aliases: Attributes of the driver it assigns.
+    """
+
+    runs: dict[ast.Call, Run] = field(default_factory=dict[ast.Call, Run])
+    around: dict[ast.Call, Run] = field(default_factory=dict[ast.Call, Run])
+    troubles: dict[tuple[ast.AST, str], Trouble] = field(
+        default_factory=dict[tuple[ast.AST, str], Trouble]
+    )
     returns: Value = NOTHING
-    aliases: dict[str, Value] = field(default_factory=dict)
+    aliases: dict[str, Value] = field(default_factory=dict[str, Value])
 
-    def runs_parameter(self) -> bool:
-        """Whether a block that came in as an argument is, or may be, run."""
-        running = any(PARAMETER in run.containers for run in self.runs.values())
-        return running or any(
-            trouble.runs and PARAMETER in trouble.containers for trouble in self.troubles.values()
-        )
+    def runs_blocks(self) -> bool:
+        """Whether a block is, or may be, run."""
+        return bool(self.runs or self.around) or not self.is_clear()
+
+    def is_clear(self) -> bool:
+        """Whether every run of a block is one that was followed."""
+        return not any(trouble.runs for trouble in self.troubles.values())
 
 
 class Analyst:
@@ -102,28 +135,50 @@ class Analyst:
         Raises:
             NoSource: its text is not to be had.
         """
-        return self._scan(function, {0: Value(paths=frozenset({""}))})
+        arguments = {0: Value(paths=frozenset({""}))}
+        return Scan(self, function, source_of(function), {}).run(arguments)
 
-    def given(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings | None:
-        """What a function does with the blocks it is given; None if that cannot be told."""
-        key = (function.__code__, *sorted(arguments.items(), key=lambda item: item[0]))
+    def given(
+        self,
+        function: types.FunctionType,
+        arguments: dict[int, Value],
+        constants: dict[str, bool] | None = None,
+    ) -> Findings | None:
+        """What a function does with the blocks it is given; None if that cannot be told.
+
+        Args:
+            function: A Python function.
+            arguments: What its parameters stand for, by position.
+            constants: Parameters known to be true or false in this call.
+        """
+        known = tuple(sorted((constants or {}).items()))
+        key = (function.__code__, tuple(sorted(arguments.items(), key=_position)), known)
         if key not in self._known:
             self._known[key] = None
             if self._depth < _DEPTH:
-                self._known[key] = self._try(function, arguments)
+                self._known[key] = self._try(function, arguments, constants or {})
         return self._known[key]
 
-    def _try(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings | None:
+    def is_sequence(self, function: types.FunctionType, constants: dict[str, bool]) -> bool:
+        """Whether a function runs the items of its first argument one after the other."""
+        path = next(iter(self.driver.members))
+        found = self.given(function, {0: Value(paths=frozenset({path}))}, constants)
+        return found is not None and found.runs_blocks() and found.is_clear()
+
+    def _try(
+        self, function: types.FunctionType, arguments: dict[int, Value], constants: dict[str, bool]
+    ) -> Findings | None:
         self._depth += 1
         try:
-            return self._scan(function, arguments)
+            return Scan(self, function, source_of(function), constants).run(arguments)
         except NoSource:
             return None
         finally:
             self._depth -= 1
 
-    def _scan(self, function: types.FunctionType, arguments: dict[int, Value]) -> Findings:
-        return Scan(self, function, source_of(function)).run(arguments)
+
+def _position(item: tuple[int, Value]) -> int:
+    return item[0]
 
 
 class _Scope:
@@ -143,8 +198,17 @@ class _Scope:
 class Scan:
     """One function under analysis."""
 
-    def __init__(self, analyst: Analyst, function: types.FunctionType, source: Source) -> None:
+    def __init__(
+        self,
+        analyst: Analyst,
+        function: types.FunctionType,
+        source: Source,
+        constants: dict[str, bool],
+    ) -> None:
         self.analyst = analyst
+        self._constants = {
+            name: value for name, value in constants.items() if name not in _assigned(source.node)
+        }
         self.driver = analyst.driver
         self.function = function
         self.source = source
@@ -155,6 +219,8 @@ class Scan:
         self._within: list[ast.AST] = []
         self._loops: list[ast.AST] = []
         self._unused: set[ast.expr] = set()
+        self._makers: dict[LocalFunction, LocalFunction] = {}
+        self._entered: set[LocalFunction] = set()
         self._changed = False
 
     def run(self, arguments: dict[int, Value]) -> Findings:
@@ -171,7 +237,16 @@ class Scan:
             self.findings = Findings(aliases=self.findings.aliases)
             self._function_body(node)
         self.findings.returns = self._returns.get(node, NOTHING)
+        self._check_entered()
         return self.findings
+
+    def _check_entered(self) -> None:
+        """A function around a block is either handed to another or called, not both."""
+        for function in self._entered:
+            for run in self.findings.around.values():
+                if run.call in set(ast.walk(function)):
+                    value = Value(blocks=run.containers)
+                    self._may_run("a function is handed on and called as well", function, value)
 
     # Scopes ----------------------------------------------------------------------------------
 
@@ -196,6 +271,8 @@ class Scan:
     def _function_body(self, node: LocalFunction | ast.FunctionDef) -> None:
         outer, loops = self._scope, self._loops
         self._scope, self._loops = self._scope_of(node), []
+        if self._within and isinstance(self._within[-1], LocalFunction):
+            self._makers[node] = self._within[-1]
         self._within.append(node)
         if isinstance(node, ast.Lambda):
             self._give(node, self._eval(node.body))
@@ -218,38 +295,52 @@ class Scan:
 
     def _statement(self, node: ast.stmt) -> None:
         match node:
-            case ast.Assign():
-                value = self._eval(node.value)
-                for target in node.targets:
-                    self._assign(target, value)
-            case ast.AnnAssign():
-                if node.value is not None:
-                    self._assign(node.target, self._eval(node.value))
-            case ast.AugAssign():
-                self._assign(node.target, self._eval(node.value))
+            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                self._assignment(node)
             case ast.Expr():
                 self._unused.add(node.value)
                 self._eval(node.value)
             case ast.Return():
                 self._return(node)
-            case ast.For() | ast.AsyncFor():
-                self._for(node)
-            case ast.While():
-                self._eval(node.test)
-                self._loops.append(node)
-                self._block(node.body)
-                self._loops.pop()
-                self._block(node.orelse)
+            case ast.For() | ast.AsyncFor() | ast.While():
+                self._loop(node)
+            case ast.If():
+                self._if(node)
             case ast.With() | ast.AsyncWith():
-                for item in node.items:
-                    value = self._eval(item.context_expr)
-                    if item.optional_vars is not None:
-                        self._assign(item.optional_vars, value)
-                self._block(node.body)
+                self._with(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self._define(node)
             case _:
                 self._other(node)
+
+    def _assignment(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
+        if node.value is None:
+            return
+        value = self._eval(node.value)
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            self._assign(target, value)
+
+    def _with(self, node: ast.With | ast.AsyncWith) -> None:
+        for item in node.items:
+            value = self._eval(item.context_expr)
+            if item.optional_vars is not None:
+                self._assign(item.optional_vars, value)
+        self._block(node.body)
+
+    def _if(self, node: ast.If) -> None:
+        self._eval(node.test)
+        known = self._truth(node.test)
+        if known is not False:
+            self._block(node.body)
+        if known is not True:
+            self._block(node.orelse)
+
+    def _truth(self, test: ast.expr) -> bool | None:
+        """Whether a condition is known to hold in this call."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self._truth(test.operand)
+            return None if inner is None else not inner
+        return self._constants.get(test.id) if isinstance(test, ast.Name) else None
 
     def _other(self, node: ast.AST) -> None:
         """A statement without a meaning of its own for blocks: look into all of it."""
@@ -269,8 +360,11 @@ class Scan:
         if len(self._within) == 1 and self._holds(value) and not _is_module(value):
             self._keep("a block is returned", node, value)
 
-    def _for(self, node: ast.For | ast.AsyncFor) -> None:
-        self._assign(node.target, self.driver.element(self._eval(node.iter)))
+    def _loop(self, node: ast.For | ast.AsyncFor | ast.While) -> None:
+        if isinstance(node, ast.While):
+            self._eval(node.test)
+        else:
+            self._assign(node.target, self.driver.element(self._eval(node.iter)))
         self._loops.append(node)
         self._block(node.body)
         self._loops.pop()
@@ -506,10 +600,10 @@ class Scan:
         if called.own:
             found += [self._own_call(name, node, values, named) for name in called.own]
             return join(*found)
-        if called.items is not None and self._holds(called):
+        if called.items is not None and self._containers(called.items):
             self._may_run("a part of the stack is called as a module", node, called)
-        if called.part and self._loops and self._feeds(node, values, named):
-            self._may_run("a part of a block is run by itself", node, called)
+        if called.part and self._feeds(node, values, named):
+            self._run_part(node, called)
         return join(*found, self._outside(node, called, values, named))
 
     def _method_call(
@@ -562,6 +656,7 @@ class Scan:
         named: dict[str | None, Value],
     ) -> Value:
         """A call of a function defined inside the method."""
+        self._entered.add(function)
         names = _parameters(function.args)
         for name, value in zip(names, values, strict=False):
             self._learn_in(function, name, value)
@@ -579,10 +674,10 @@ class Scan:
         named: dict[str | None, Value],
     ) -> Value:
         """A call of something defined elsewhere."""
-        target = resolve(node.func, self.function, self._is_local)
+        target = self._target(node)
         if target is getattr and len(node.args) >= 2:
             return join(self._get_attribute(values[0], node.args[1]), *values[2:])
-        if isinstance(target, type | types.FunctionType | types.BuiltinFunctionType):
+        if target is not UNKNOWN:
             known = self._known(target, node, values)
             if known is not None:
                 return known
@@ -592,6 +687,9 @@ class Scan:
         if is_partial(target):
             return self._partial(node, values, named)
         return self._unknown_call(target, node, called, values, named)
+
+    def _target(self, node: ast.Call) -> Any:
+        return resolve(node.func, self.function, self._is_local)
 
     def _known(self, target: Any, node: ast.Call, values: list[Value]) -> Value | None:
         if target in INSPECTING:
@@ -605,6 +703,8 @@ class Scan:
             return items_of(tuple_of(NOTHING, self.driver.element(first)))
         if target is zip or target is itertools.zip_longest:
             return items_of(tuple_of(*[self.driver.element(value) for value in values]))
+        if target is CHAIN_FROM:
+            return items_of(self.driver.element(self.driver.element(first)))
         if target is itertools.chain:
             return items_of(join(*[self.driver.element(value) for value in values]))
         if target is dict:
@@ -655,11 +755,11 @@ class Scan:
             if first.runnable and applies(target) and self._feeds(node, values, named):
                 return self._run("through", node, first.runnable)
             if first.functions and self._runs_inside(first):
-                return self._around(target, node, first, values, named)
+                return self._around(node, first)
             if first.functions:
                 return NOTHING
             if target in SEQUENCES:
-                return self._run("sequence", node, self._containers(first))
+                return self._sequence(node, first)
             if _is_module(first) and applies(target):
                 return NOTHING
         function = python_function(target)
@@ -679,44 +779,52 @@ class Scan:
     ) -> Value:
         """A call of a function whose text can be read: does it run what it is given?"""
         names = list(function.__code__.co_varnames[: function.__code__.co_argcount])
-        given = {
-            index + shift: _as_parameter(value)
-            for index, value in enumerate(values)
-            if self._holds(value)
-        }
+        given = {i + shift: value for i, value in enumerate(values) if self._leads(value)}
         given |= {
-            names.index(name): _as_parameter(value)
+            names.index(name): value
             for name, value in named.items()
-            if name in names and self._holds(value)
+            if name in names and self._leads(value)
         }
-        held = [value for value in (*values, *named.values()) if self._holds(value)]
-        starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-        holding = join(*held)
-        traceable = bool(held) and len(given) == len(held) and not starred
-        known = self.analyst.given(function, given) if traceable else None
-        if known is None:
+        led = [value for value in (*values, *named.values()) if self._leads(value)]
+        constants = constant_arguments(function, node, shift)
+        known = None
+        if len(given) == len(led) and constants is not None:
+            known = self.analyst.given(function, given, constants)
+        if known is None or constants is None:
             return self._opaque(node, values, named)
-        if not known.runs_parameter():
-            return _instead_of_parameter(known.returns, holding)
-        sequence = [index for index in given if index == shift] == [*given]
-        if shift == 0 and sequence and (values[0].paths or values[0].items):
-            return self._run("sequence", node, self._containers(values[0]))
-        return self._may_run(f"{function.__qualname__} is given a block and runs it", node, holding)
+        if not known.runs_blocks():
+            return known.returns
+        if shift == 0 and list(given) == [0] and self.analyst.is_sequence(function, constants):
+            return self._sequence(node, values[0])
+        why = f"{function.__qualname__} is given a block and runs it"
+        return self._may_run(why, node, join(*led))
 
-    def _around(
-        self,
-        target: Any,
-        node: ast.Call,
-        first: Value,
-        values: list[Value],
-        named: dict[str | None, Value],
-    ) -> Value:
+    def _sequence(self, node: ast.Call, first: Value) -> Value:
+        """``checkpoint_seq(blocks, x)``: of the stack, of one block, or of what holds stacks."""
+        element = self.driver.element(first)
+        if first.blocks and not first.paths:
+            return self._run("through", node, first.blocks)
+        if element.blocks and not element.paths:
+            return self._run("sequence", node, element.blocks)
+        if element.paths and not element.blocks:
+            return self._run("whole", node, frozenset())
+        return self._may_run("stacks of several kinds are run in sequence", node, first)
+
+    def _around(self, node: ast.Call, first: Value) -> Value:
         """``checkpoint(function_around_block, x)``."""
-        del target, values, named
-        runs = frozenset[str]().union(*(self._labels_inside(one) for one in first.functions))
-        return self._may_run(
-            "a function that runs a block inside is handed to another", node, Value(blocks=runs)
-        )
+        functions = [one for one in first.functions if self._labels_inside(one)]
+        inside = [self._runs_in(one) for one in functions]
+        labels = frozenset[str]().union(*(run.containers for runs in inside for run in runs))
+        found = Value(blocks=labels)
+        if len(functions) == 1 and len(inside[0]) == 1 and applies(self._target(node)):
+            run = inside[0][0]
+            name = block_name(functions[0], run.callee, node.args[0], self._makers)
+            if name is not None and passes_on(functions[0], run.call):
+                self.findings.around[run.call] = run
+                self.findings.runs.pop(run.call, None)
+                return self._run("through", node, run.containers, name)
+        why = "a function that runs a block in a way of its own is handed to another"
+        return self._may_run(why, node, found)
 
     def _opaque(self, node: ast.Call, values: list[Value], named: dict[str | None, Value]) -> Value:
         """A call that cannot be looked into."""
@@ -724,7 +832,7 @@ class Scan:
         if self._feeds(node, values, named):
             return self._may_run(f"a block is given to {ast.unparse(node.func)}", node, holding)
         wrapped = self.driver.element(holding)
-        return join(Value(part=bool(holding.runnable)), items_of(wrapped))
+        return join(Value(part=holding.runnable), items_of(wrapped))
 
     # Recording -------------------------------------------------------------------------------
 
@@ -745,13 +853,21 @@ class Scan:
             for argument, value in given
         )
 
-    def _run(self, kind: Kind, node: ast.Call, containers: frozenset[str]) -> Value:
-        self.findings.runs[node.func] = Run(kind, node.func, containers)
+    def _run(
+        self, kind: Kind, node: ast.Call, containers: frozenset[str], block: str | None = None
+    ) -> Value:
+        self.findings.runs[node] = Run(kind, node, containers, block)
         return NOTHING
 
     def _may_run(self, why: str, node: ast.AST, value: Value) -> Value:
         self._trouble(why, node, value, runs=True)
         return NOTHING
+
+    def _run_part(self, node: ast.Call, value: Value) -> None:
+        why = "a part of a block is run by itself"
+        loop = self._loops[-1] if self._loops else None
+        trouble = Trouble(why, node, loop, True, value.part, aside=loop is None)
+        self.findings.troubles[node, why] = trouble
 
     def _keep(self, why: str, node: ast.AST, value: Value) -> None:
         self._trouble(why, node, value, runs=False)
@@ -769,7 +885,7 @@ class Scan:
     # Questions -------------------------------------------------------------------------------
 
     def _containers(self, value: Value) -> frozenset[str]:
-        known = self.driver.members.keys() | {PARAMETER}
+        known = frozenset(self.driver.members)
         found = [inner.runnable | (inner.paths & known) for inner in flatten(value)]
         return frozenset[str]().union(*found)
 
@@ -777,18 +893,27 @@ class Scan:
         """Whether a block can be got out of a value."""
         return value != NOTHING and bool(self._containers(value))
 
+    def _leads(self, value: Value) -> bool:
+        """Whether a value holds a block, or a module in which there are some."""
+        inner = [path for one in flatten(value) for path in one.paths]
+        return self._holds(value) or any(path and self.driver.below(path) for path in inner)
+
     def _matters(self, value: Value) -> bool:
-        return self._holds(value) or any(inner.functions for inner in flatten(value))
+        return self._leads(value) or any(inner.functions for inner in flatten(value))
 
     def _runs_inside(self, value: Value) -> bool:
         return any(self._labels_inside(function) for function in value.functions)
 
     def _labels_inside(self, function: LocalFunction) -> frozenset[str]:
-        inside = set(ast.walk(function))
-        runs = [run.containers for run in self.findings.runs.values() if run.callee in inside]
+        own = [run.containers for run in self._runs_in(function)]
         returned = self._returns.get(function, NOTHING)
         nested = [self._labels_inside(one) for one in returned.functions if one is not function]
-        return frozenset[str]().union(*runs, *nested)
+        return frozenset[str]().union(*own, *nested)
+
+    def _runs_in(self, function: LocalFunction) -> list[Run]:
+        inside = set(ast.walk(function))
+        known = {**self.findings.around, **self.findings.runs}
+        return [run for run in known.values() if run.call in inside]
 
 
 def _is_view(name: str) -> bool:
@@ -799,39 +924,6 @@ def _is_module(value: Value) -> bool:
     """A module that is no block: handing it on runs its own forward, which is rewritten itself."""
     return bool(value.paths) and not any(
         inner.runnable or inner.functions for inner in flatten(value)
-    )
-
-
-def _as_parameter(value: Value) -> Value:
-    """The value with every container replaced by the one that stands for an argument's."""
-    here = frozenset({PARAMETER})
-    return Value(
-        here if value.paths else frozenset(),
-        here if value.blocks else frozenset(),
-        here if value.bound else frozenset(),
-        value.part,
-        None if value.items is None else _as_parameter(value.items),
-        None if value.fields is None else tuple(map(_as_parameter, value.fields)),
-    )
-
-
-def _instead_of_parameter(value: Value, given: Value) -> Value:
-    """What a function returned, with its parameter's container replaced by what was given."""
-    names = [inner.runnable | inner.paths for inner in flatten(given)]
-    actual = frozenset[str]().union(*names)
-
-    def swap(labels: frozenset[str]) -> frozenset[str]:
-        return labels - {PARAMETER} | (actual if PARAMETER in labels else frozenset())
-
-    return Value(
-        swap(value.paths),
-        swap(value.blocks),
-        swap(value.bound),
-        value.part,
-        None if value.items is None else _instead_of_parameter(value.items, given),
-        None
-        if value.fields is None
-        else tuple(_instead_of_parameter(entry, given) for entry in value.fields),
     )
 
 
@@ -850,6 +942,10 @@ def _names_of(node: ast.AST) -> set[str]:
     for part in body:
         names |= set(_stored(part))
     return names
+
+
+def _assigned(node: ast.FunctionDef) -> set[str]:
+    return {name for statement in node.body for name in _stored(statement)}
 
 
 def _stored(node: ast.AST) -> Iterator[str]:

@@ -18,6 +18,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 _FUTURES = functools.reduce(
     lambda flags, name: flags | getattr(__future__, name).compiler_flag,
@@ -212,10 +213,10 @@ def _restore(node: ast.AST, source: Source, text: str, shifts: _Shifts) -> None:
         return
     starts = _line_starts(text)
     for line, column in (("lineno", "col_offset"), ("end_lineno", "end_col_offset")):
-        new = starts[getattr(node, line) - 1] + getattr(node, column)
-        old = source.position(shifts.original(new))
-        setattr(node, line, old[0])
-        setattr(node, column, old[1])
+        new: int = starts[getattr(node, line) - 1] + getattr(node, column)
+        old_line, old_column = source.position(shifts.original(new))
+        setattr(node, line, old_line)
+        setattr(node, column, old_column)
 
 
 @functools.lru_cache(maxsize=16)
@@ -243,7 +244,7 @@ def _compile(node: ast.FunctionDef, source: Source, cells: tuple[str, ...]) -> t
     shift = original.co_firstlineno - _first_line(node)
     module = ast.Module([ast.fix_missing_locations(scope)], [])
     ast.increment_lineno(node, shift)
-    compiled = compile(
+    compiled: types.CodeType = compile(
         module,
         original.co_filename,
         "exec",
@@ -288,7 +289,7 @@ def _words(constant: object) -> tuple[str, ...]:
     if isinstance(constant, str):
         return (constant,)
     if isinstance(constant, tuple):
-        return tuple(word for word in constant if isinstance(word, str))  # pyright: ignore
+        return tuple(word for word in cast("tuple[object, ...]", constant) if isinstance(word, str))
     return ()
 
 

@@ -24,7 +24,8 @@ class Value:
         paths: Modules by dotted path from the driver ("" for the driver itself).
         blocks: A block of these containers.
         bound: ``block.forward``, ``block.__call__``, or a `functools.partial` of a block.
-        part: Something that belongs to a block: an attribute, an item, what wraps it.
+        part: Something that belongs to a block of these containers: an attribute, an item, what
+            wraps it.
         items: What iteration gives.
         fields: The entries of a tuple of known length.
         functions: Functions and lambdas defined inside the method.
@@ -34,7 +35,7 @@ class Value:
     paths: frozenset[str] = _NONE
     blocks: frozenset[str] = _NONE
     bound: frozenset[str] = _NONE
-    part: bool = False
+    part: frozenset[str] = _NONE
     items: Value | None = None
     fields: tuple[Value, ...] | None = None
     functions: frozenset[LocalFunction] = frozenset()
@@ -75,7 +76,7 @@ def join(*values: Value) -> Value:
 
 
 def _join(left: Value, right: Value) -> Value:
-    if left == right or right == NOTHING:
+    if right in (left, NOTHING):
         return left
     if left == NOTHING:
         return right
@@ -90,7 +91,7 @@ def _join(left: Value, right: Value) -> Value:
         left.paths | right.paths,
         left.blocks | right.blocks,
         left.bound | right.bound,
-        left.part or right.part,
+        left.part | right.part,
         items,
         fields,
         left.functions | right.functions,
