@@ -142,7 +142,7 @@ class Replay:
 
 
 def _get(module: nn.Module, path: str) -> Any:
-    return operator.attrgetter(path)(module)
+    return operator.attrgetter(path)(module) if path else module
 
 
 def _differs(one: fx.Node, other: fx.Node) -> bool:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
-from architectures.shortcuts import Init, Mixer, Support, Topology
+from architectures.shortcuts import History, Init, Mixer, Support, Topology
+from architectures.shortcuts.project import Crossing
 from surgery.passes.streams import recorder
 from surgery.passes.streams.ports import Stream
 from surgery.tree import children, named_modules
@@ -50,6 +51,8 @@ class Segment(Mixer):
         shown: Added on the diagonal of the matrix that is shown.
         members: Names of the blocks in their holder, in order.
         streams: The tensors that make up the state.
+        counts: How many sites each block has, where every residual addition is one; None where
+            a block is a site.
     """
 
     def __init__(
@@ -60,16 +63,26 @@ class Segment(Mixer):
         shown: float,
         members: Sequence[str],
         streams: Sequence[Stream],
+        counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__(topology, diagonal=diagonal, shown=shown)
         self.members = tuple(members)
         self.streams = tuple(streams)
+        self.counts = None if counts is None else tuple(counts)
         self.frozen: Fixed | None = None
         recorder.connect()
 
     def forward(self) -> Tensor:
         """What the states are mixed with; see `Mixer`."""
         return super().forward() if self.frozen is None else self.frozen()
+
+    def history(self, weights: Tensor) -> History | Crossing:
+        """The start of one forward pass of one stream.
+
+        Args:
+            weights: What calling this segment gave.
+        """
+        return History(weights, self.edges)
 
     @property
     def edges(self) -> Support:

@@ -19,11 +19,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import torch
 import torch.utils.checkpoint as torch_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from architectures.shortcuts import History
-from surgery.capture import private
+from architectures.shortcuts.project import Crossing
+from surgery.capture import RELAY, private
 from surgery.errors import ModelStateError
 from surgery.passes.streams import recorder
 from surgery.passes.streams.ports import Stream
@@ -55,6 +57,24 @@ class Steps:
             return layer
         return functools.partial(run.step, layer, 0)
 
+    def run(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer: what captured code does instead of ``layer(*args, **kwargs)``."""
+        return self(layer)(*args, **kwargs)
+
+    def checkpointed(
+        self,
+        layer: nn.Module,
+        use_reentrant: bool,
+        preserve_rng_state: bool,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The same for a layer that ran under ``torch.utils.checkpoint`` with these options."""
+        options = {"use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state}
+        function = functools.partial(_recomputed, options)
+        return self.through(function)(layer, *args, **kwargs)
+
     def through(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What to call instead of ``function(layer, ...)``, which calls the layer."""
         return functools.partial(self._through, function)
@@ -81,11 +101,12 @@ class _Run:
     """The blocks of one segment, called one after the other."""
 
     def __init__(self, segment: Segment, holder: nn.Module) -> None:
-        blocks = children(holder)
         self._segment = segment
-        self._blocks = [blocks[name] for name in segment.members]
-        self._histories: list[History] = []
+        self._blocks = [_inside(holder, name) for name in segment.members]
+        self._histories: list[History | Crossing] = []
         self._next = 0
+        self._weights = _NOTHING
+        self._states: list[Tensor] = []
 
     def takes(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is the block that comes next; False if it is none of this run.
@@ -117,12 +138,14 @@ class _Run:
             kwargs: The same.
         """
         segment = self._segment
+        if segment.counts is not None:
+            return self._through_sites(function, given[:skip], given[skip:], kwargs)
         if self._next == 0:
             weights = segment()
-            self._histories = [History(weights, segment.edges) for _ in segment.streams]
+            self._histories = [segment.history(weights) for _ in segment.streams]
         self._next += 1
         args, before = given[skip:], given[:skip]
-        under_way: list[tuple[Stream, History]] = []
+        under_way: list[tuple[Stream, History | Crossing]] = []
         for stream, history in zip(segment.streams, self._histories, strict=True):
             state = stream.read(args, kwargs)
             if state is not None:
@@ -136,6 +159,48 @@ class _Run:
                 recorder.tell(made, mixed)
                 result = stream.written_result(result, mixed)
         return result
+
+    def _through_sites(
+        self,
+        function: Callable[..., Any],
+        before: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a block whose every residual addition is a site, see `block_edit`."""
+        segment = self._segment
+        counts = cast("tuple[int, ...]", segment.counts)
+        if self._next == 0:
+            self._weights, self._states = segment(), []
+        first = len(self._states)
+        last = first + counts[self._next]
+        self._next += 1
+        rows = self._weights[first:last]
+        # A topology that also weighs what an addition adds up has one more column for that.
+        coefficients = torch.cat([rows[:, :last], rows[:, sum(counts) :]], dim=1)
+        made = function(*before, *args, RELAY, coefficients, *self._states, **kwargs)
+        result = made[0]
+        self._states.extend(made[1:])
+        # Hooks on the block saw the states behind its result.
+        recorder.tell(result, segment.streams[0].read_result(result))
+        return result
+
+
+def _inside(holder: nn.Module, name: str) -> nn.Module:
+    for part in name.split("."):
+        holder = children(holder)[part]
+    return holder
+
+
+def _recomputed(options: dict[str, bool], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # By position, since a re-entrant checkpoint sees no other arguments.
+    names = tuple(kwargs)
+    return private.CHECKPOINT(_called, layer, names, *args, *kwargs.values(), **options)
+
+
+def _called(layer: nn.Module, names: tuple[str, ...], *values: Any) -> Any:
+    count = len(values) - len(names)
+    return layer(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
 
 def _sequence(
@@ -187,4 +252,5 @@ def _checkpoint(options: dict[str, Any], layer: nn.Module, state: Any) -> Any:
     return private.CHECKPOINT(layer, state, **options)
 
 
+_NOTHING = torch.empty(0)
 _SEQUENTIAL = cast("Callable[..., Any]", torch_checkpoint.checkpoint_sequential)  # pyright: ignore[reportUnknownMemberType]
