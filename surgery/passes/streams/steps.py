@@ -79,7 +79,9 @@ class Steps:
         """What to call instead of ``function(layer, ...)``, which calls the layer."""
         return functools.partial(self._through, function)
 
-    def _through(self, function: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def _through(
+        self, function: Callable[..., Any], layer: Any, /, *args: Any, **kwargs: Any
+    ) -> Any:
         # A bound method of a layer (its __call__) stands for the layer.
         run = self._run_of(layer if isinstance(layer, nn.Module) else layer.__self__)
         if run is None:
@@ -128,7 +130,7 @@ class _Run:
                 )
         return False
 
-    def step(self, function: Callable[..., Any], skip: int, *given: Any, **kwargs: Any) -> Any:
+    def step(self, function: Callable[..., Any], skip: int, /, *given: Any, **kwargs: Any) -> Any:
         """Call a block and mix what it returns.
 
         Args:
