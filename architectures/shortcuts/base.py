@@ -46,6 +46,8 @@ class Topology(nn.Module, ABC):
     options: ClassVar[frozenset[str]] = frozenset()
     #: The ways it can start, its own default first.
     inits: ClassVar[tuple[Init, ...]] = ("uniform", "identity")
+    #: Whether ``forward`` also gives weights of the ``y_k``, ``(K, K + 1)``.
+    weighs_sums: ClassVar[bool] = False
 
     def __init__(self, sites: int, *, init: Init | None, support: Support) -> None:
         super().__init__()

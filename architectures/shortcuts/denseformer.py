@@ -38,6 +38,7 @@ class DenseFormer(Topology):
     """
 
     inits: ClassVar[tuple[Init, ...]] = ("identity",)
+    weighs_sums: ClassVar[bool] = True
 
     averages: Tensor
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import architectures
+
 
 class Where(str):
     """``file:line`` of a statement."""
@@ -30,7 +32,8 @@ class Where(str):
 NOWHERE = Where("<unknown>:0")
 _LIBRARIES = (
     "<",
-    str(Path(__file__).parent) + "/",
+    str(Path(__file__).parent.parent) + "/",
+    str(Path(architectures.__file__).parent) + "/",
     str(Path(torch.__file__).parent) + "/",
     contextlib.__file__,
     functools.__file__,
@@ -39,7 +42,7 @@ _LIBRARIES = (
 
 @functools.lru_cache(maxsize=4096)
 def is_library(filename: str) -> bool:
-    """True for torch, this package and einops: a statement there is not the model's."""
+    """True for torch, this library and einops: a statement there is not the model's."""
     return filename.startswith(_LIBRARIES) or "/einops/" in filename
 
 

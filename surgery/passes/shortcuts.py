@@ -17,6 +17,7 @@ from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.streams import (
     CHILD,
+    BlockPlan,
     Run,
     Segment,
     Segments,
@@ -24,10 +25,13 @@ from surgery.passes.streams import (
     check_driven,
     drive,
     find_runs,
+    graft_blocks,
     holder_mixin,
+    plan_sites,
     planned_code,
     release,
     segments_of,
+    ungraft_blocks,
 )
 from surgery.record import Contract, Edit, TensorSpec
 from surgery.registry import TOPOLOGIES, suggest
@@ -153,9 +157,12 @@ class Shortcuts(Pass):
             if mixin is not None:
                 graft(holder, mixin)
             holder.add_module(CHILD, segments)
+        plans = _plans(edit)
         try:
+            graft_blocks(model, plans)
             drive(model, path)
         except BaseException:
+            ungraft_blocks(model, plans)
             self._take_out(holder, edit)
             raise
 
@@ -165,6 +172,7 @@ class Shortcuts(Pass):
         holder = context.module(model, path)
         segments = cast("Segments", segments_of(holder))
         last = len(children(segments)) == 1
+        ungraft_blocks(model, _plans(edit))
         if last:
             del holder.__dict__["_modules"][CHILD]
             release(model, path)
@@ -202,13 +210,17 @@ class Shortcuts(Pass):
         _check_free(module, holder)
         check_driven(context.model, holder, members, run.calls)
         number = numbers.next(holder)
-        payload = {
+        payload: dict[str, Any] = {
             "holder": holder,
             "number": number,
             "members": members,
             "streams": [stream.dump() for stream in run.streams],
             "sites": len(run),
         }
+        if self.scope == "residual":
+            plans = plan_sites(run, context.map, self.mode, scaled=self._weighs_sums)
+            payload["blocks"] = [plan.dump() for plan in plans]
+            payload["sites"] = sum(plan.sites for plan in plans)
         notes = [
             f"{path} is left out: {why}" for path, why in left_out.items() if path in stack.layers
         ]
@@ -216,7 +228,7 @@ class Shortcuts(Pass):
             rule=context.rule,
             pass_name=self.name,
             site=f"{prefix}{members[0]}..{members[-1]}",
-            summary=self._summary(len(run), run.shapes),
+            summary=self._summary(payload["sites"], run.shapes),
             adds={},
             uses={f"the shortcuts of {path}": "replace" for path in run.layers},
             contract=Contract("exact" if self._start == "identity" else "changes"),
@@ -240,6 +252,7 @@ class Shortcuts(Pass):
             shown=shown,
             members=payload["members"],
             streams=[Stream.load(stream) for stream in payload["streams"]],
+            counts=[plan.sites for plan in _plans(edit)] if "blocks" in payload else None,
         )
 
     def _diagonals(self) -> tuple[float, float]:
@@ -250,6 +263,10 @@ class Shortcuts(Pass):
             return (1.0, 0.0) if self._start == "identity" else (0.0, 0.0)
         # What a block returns holds its own input once already.
         return (0.0, 1.0) if self._start == "identity" else (-1.0, 1.0)
+
+    @property
+    def _weighs_sums(self) -> bool:
+        return cast("type[Topology]", TOPOLOGIES.get(self.topology)).weighs_sums
 
     @property
     def _start(self) -> Init:
@@ -296,6 +313,10 @@ def _built(
         return cls(sites, init=init, **chosen)
     except ValueError as error:
         raise RuleError(f"topology {name!r} on a stack of {sites}: {error}") from None
+
+
+def _plans(edit: Edit) -> list[BlockPlan]:
+    return [BlockPlan.load(block) for block in edit.payload.get("blocks", ())]
 
 
 def _check_consecutive(stack: Stack, layers: Sequence[str]) -> None:

@@ -387,10 +387,11 @@ class TestFreeze:
         assert torch.equal(left, torch.where(matrix.abs() >= 0.3, matrix, 0))
         assert 0 < int((left != 0).sum()) < int((matrix != 0).sum())
         after = call(model, example)
-        apart = math.sqrt(
-            sum(float((a - b).double().square().sum()) for a, b in zip(after, before))
+        differences = [a - b for a, b in zip(after, before, strict=True)]
+        apart, norm = (
+            math.sqrt(sum(float(t.double().square().sum()) for t in group))
+            for group in (differences, before)
         )
-        norm = math.sqrt(sum(float(b.double().square().sum()) for b in before))
         assert f"{apart / norm:.2e}" in note
 
     def test_saved_and_restored(self, tmp_path):
@@ -400,3 +401,179 @@ class TestFreeze:
         surgery.save(model, tmp_path / "out")
         made = surgery.restore(tmp_path / "out")
         assert same(call(made, example), expected)
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+class Branching(Block):
+    """A block whose own code nobody can rewrite or trace, and need not be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * float(x.detach().sum() > 0)
+
+
+BAD = [
+    ("no residuals", lambda: nn.Sequential(*(Plain(8) for _ in range(3))), {}, "no residual add"),
+    ("one block", lambda: nn.Sequential(nn.Linear(8, 8), Block(8)), {}, "matched nothing"),
+    (
+        "upper triangle",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"topology": "static", "edges": ((0.0, 1.0), (0.0, 0.0))},
+        "triang",
+    ),
+    (
+        "wrong size",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"topology": "static", "edges": ((0.0,),)},
+        "2",
+    ),
+    (
+        "edge out of range",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"topology": "static", "edges": "0:5"},
+        "0:5",
+    ),
+    (
+        "static identity",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"topology": "static", "edges": "0:1", "init": "identity"},
+        "identity",
+    ),
+    (
+        "constant identity",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"init": "identity", "parameterization": "constant"},
+        "constant",
+    ),
+    (
+        "option of another topology",
+        lambda: nn.Sequential(*(Block(8) for _ in range(2))),
+        {"topology": "denseformer", "temperature": 0.1},
+        "temperature",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "told"), [case[1:] for case in BAD], ids=[c[0] for c in BAD]
+)
+def test_bad_input_is_refused(build, options, told):
+    model, x = build(), torch.randn(2, 8)
+    keys = list(model.state_dict())
+    with pytest.raises(surgery.SurgeryError, match=told):
+        surgery.apply(model, Rule(Shortcuts(**options)), example=x)
+    assert list(model.state_dict()) == keys
+    assert type(model) is nn.Sequential
+
+
+def test_unknown_topology():
+    with pytest.raises(surgery.RuleError, match="did you mean 'ancre'"):
+        Shortcuts(topology="ancer")
+
+
+def test_plain_blocks_on_request():
+    model, x = nn.Sequential(*(Plain(8) for _ in range(3))), torch.randn(2, 8)
+    surgery.apply(model, Rule(Shortcuts(plain_blocks=True)), example=x)
+    assert list(surgery.shortcuts(model)) == ["(the model) 0..2"]
+
+
+def test_a_second_rule_on_the_same_stack_is_a_conflict():
+    model, example = rewired("llama")
+    with pytest.raises(surgery.Conflict, match=r"the shortcuts of model\.layers\.0"):
+        surgery.plan(model, Rule(Shortcuts()), example=example)
+    fresh, example = zoo.build("llama")
+    rules = [Rule(Shortcuts(), id="one"), Rule(Shortcuts(), id="two")]
+    with pytest.raises(surgery.Conflict, match="'one' and 'two'"):
+        surgery.plan(fresh, rules, example=example)
+
+
+def test_blocks_that_do_not_follow_one_another():
+    model, example = zoo.build("llama")
+    with pytest.raises(surgery.RuleError, match="do not follow one another"):
+        surgery.plan(model, Rule(Shortcuts(), where=surgery.Layers("::2")), example=example)
+
+
+def test_a_checkpoint_of_another_depth_is_refused(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8)
+    deep, flat = (nn.Sequential(*(Block(8) for _ in range(depth))) for depth in (4, 3))
+    surgery.apply(deep, Rule(Shortcuts()), example=x)
+    surgery.save(deep, tmp_path / "out")
+    before = flat(x)
+    with pytest.raises(surgery.CheckpointError):
+        surgery.restore(tmp_path / "out", model=flat)
+    assert torch.equal(flat(x), before)
+    assert type(flat) is nn.Sequential
+
+
+def test_a_skipped_block_is_noticed():
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.skip = False
+            self.blocks = nn.ModuleList(Block(8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, block in enumerate(self.blocks):
+                if self.skip and index == 1:
+                    continue
+                x = block(x)
+            return x
+
+    model, x = Skipping(), torch.randn(2, 8)
+    surgery.apply(model, Rule(Shortcuts()), example=x)
+    model(x)
+    model.skip = True
+    with pytest.raises(surgery.SurgeryError, match=r"block '2'.*block '1' comes next"):
+        model(x)
+
+
+def test_a_block_that_gives_back_its_input_is_refused():
+    class Writing(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x += torch.tanh(self.linear(x))
+            return x
+
+    model, x = nn.Sequential(*(Writing(8) for _ in range(3))), torch.randn(2, 8)
+    with pytest.raises(surgery.RuleError, match="the tensor it was given, changed in place"):
+        surgery.apply(model, Rule(Shortcuts()), example=x)
+
+
+def test_a_block_that_writes_into_its_input_is_noticed():
+    class Writing(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            made = x + torch.tanh(self.linear(x))
+            x.zero_()
+            return made
+
+    model, x = nn.Sequential(*(Writing(8) for _ in range(3))), torch.randn(2, 8)
+    surgery.apply(model, Rule(Shortcuts()), example=x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="modified in place"):
+        model(x.clone())
+
+
+def test_blocks_that_cannot_be_traced_need_not_be():
+    model, x = nn.Sequential(*(Branching(8) for _ in range(3))), torch.randn(2, 8)
+    before = model(x)
+    surgery.apply(model, Rule(Shortcuts(init="identity", plain_blocks=True)), example=x)
+    assert torch.equal(model(x), before)
+
+
+def test_the_plan_shows_the_code():
+    model, example = zoo.build("llama")
+    code = surgery.plan(model, Rule(Shortcuts()), example=example).code()
+    assert "LlamaModel.forward" in code
+    assert "steps(decoder_layer)(" in code["LlamaModel.forward"]
+
+
+def test_two_lists_that_share_code_share_a_class():
+    model, _ = rewired("timm_swin")
+    first, second = (model.layers[stage].blocks for stage in (0, 1))
+    assert type(first) is type(second)

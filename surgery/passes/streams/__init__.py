@@ -16,9 +16,11 @@ from surgery.passes.streams.segment import (
     segments_of,
     shortcuts,
 )
+from surgery.passes.streams.sites import BlockPlan, graft_blocks, plan_sites, ungraft_blocks
 
 __all__ = [
     "CHILD",
+    "BlockPlan",
     "Fixed",
     "Run",
     "Runs",
@@ -29,10 +31,13 @@ __all__ = [
     "check_driven",
     "drive",
     "find_runs",
+    "graft_blocks",
     "holder_mixin",
     "parameter_groups",
+    "plan_sites",
     "planned_code",
     "release",
     "segments_of",
     "shortcuts",
+    "ungraft_blocks",
 ]

@@ -26,8 +26,8 @@ def connect() -> None:
         _collector = importlib.import_module(_MODULE)._active_collector
 
 
-def tell(before: Tensor, after: Tensor) -> None:
-    """Put ``after`` where ``before``, this very tensor, was just recorded."""
+def tell(before: Any, after: Tensor | None) -> None:
+    """Put ``after`` where ``before``, this very object, was just recorded."""
     if _collector is None:
         return
     collected = _collector.get()

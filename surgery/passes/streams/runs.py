@@ -215,6 +215,8 @@ def _why_not_kept(call: Call) -> str:
     made = _specs(_leaves(call.result).values())
     if not given or not made:
         return "it takes in or gives out no tensor"
+    if made[0] in given:
+        return "it gives back the tensor it was given, changed in place or not at all"
     return f"it changes the shape of the state: {given[0]} in, {made[0]} out"
 
 
