@@ -206,13 +206,15 @@ class _Writer:
 
     def _holds(self, node: fx.Node) -> str:
         value, expected = node.args
+        if node.meta["guard"].kind == "attribute" and isinstance(expected, bool):
+            return f"{self._say.operand(value)} is {expected}"
         if expected is False:
             return f"not {self._say.operand(value)}"
         if expected is True:
             return self._say.write(value)
         if expected is None:
             return f"{self._say.operand(value)} is None"
-        return f"{self._say.operand(value)} == {self._say.literal(expected)}"
+        return f"{self._say.operand(value)} == {self._say.write(expected)}"
 
     def _fails(self, node: fx.Node) -> str:
         value, expected = node.args
@@ -222,7 +224,7 @@ class _Writer:
             return f"not {self._say.operand(value)}"
         if expected is None:
             return f"{self._say.operand(value)} is not None"
-        return f"{self._say.operand(value)} != {self._say.literal(expected)}"
+        return f"{self._say.operand(value)} != {self._say.write(expected)}"
 
     # -- the body ------------------------------------------------------------------------------
 

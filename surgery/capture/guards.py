@@ -18,8 +18,8 @@ class Guard:
 
     Attributes:
         kind: How the value was demanded: ``bool``, ``int``, ``float``, ``str``, ``hash``, ``len``,
-            ``none``, a tensor attribute such as ``dtype``, or ``data`` when it took the contents
-            of a tensor.
+            ``none``, ``attribute`` when a module or its config holds it, a tensor attribute such as
+            ``dtype``, or ``data`` when it took the contents of a tensor.
         expression: What was demanded, as Python over the names of the graph's nodes.
         expected: The value it had.
         file: Source file of the statement that demanded it.

@@ -22,8 +22,9 @@ from surgery.capture.contexts import Ambient
 from surgery.capture.guards import Guard, assign
 from surgery.capture.objects import Lost, Past, is_object
 from surgery.capture.settle import settle
+from surgery.capture.statics import is_static
 from surgery.capture.structure import class_of, leaves, map_structure, tensors
-from surgery.capture.tracer import Options, Tracer, is_static
+from surgery.capture.tracer import Options, Tracer
 from surgery.capture.values import is_proxy, is_symbol, plain
 from surgery.errors import CaptureError
 

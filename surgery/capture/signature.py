@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from surgery.capture.statics import is_static
 from surgery.capture.structure import class_of
-from surgery.capture.tracer import is_static
 from surgery.capture.values import SYMBOLS
 
 

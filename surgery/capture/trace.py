@@ -15,8 +15,9 @@ from surgery.capture.calls import Call
 from surgery.capture.clone import Clones
 from surgery.capture.guards import Guard
 from surgery.capture.settle import settle
+from surgery.capture.statics import is_static
 from surgery.capture.structure import map_structure
-from surgery.capture.tracer import Options, Tracer, is_static
+from surgery.capture.tracer import Options, Tracer
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import enum
 import functools
 import operator
 import threading
@@ -30,7 +29,9 @@ from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
 from surgery.capture.objects import Lost, ObjectProxy, Past, is_object, node_of, shadow_of
+from surgery.capture.reads import Reads
 from surgery.capture.sizes import SizeRules
+from surgery.capture.statics import is_static
 from surgery.capture.structure import (
     class_of,
     containers,
@@ -121,7 +122,9 @@ class Tracer:
         self._written: dict[int, list[fx.Node]] = {}
         self._measured: dict[fx.Node, list[Any]] = {}
         self._numbers: dict[fx.Node, Symbol] = {}
-        self._size_rules = SizeRules(self._measure, self._numbers.get, clones.root.get_submodule)
+        self._size_rules = SizeRules(
+            self._measure, self._numbers.get, clones.original_root.get_submodule
+        )
         self._containers: list[tuple[fx.Node, Any, Any]] = []
         self._told: set[tuple[fx.Node, str]] = set()
         self._alive: list[Any] = []  # their ids are keys above, so they must not be freed
@@ -129,6 +132,12 @@ class Tracer:
         for module in clones.modules():
             clones.intercept(module, _Calls(self, module))
         self._shield_leaves()
+        self._reads = Reads(self, clones, self._listening) if options.replayable else None
+
+    def _listening(self) -> bool:
+        """True while the forward itself runs, rather than a leaf or another trace."""
+        running = self.open and self._owners and not self._paused
+        return bool(running) and _ACTIVE.tracer is self
 
     def _shield_leaves(self) -> None:
         """Give the leaves fake buffers: a leaf that runs may write to its own (BatchNorm)."""
@@ -380,6 +389,13 @@ class Tracer:
         self._place(node)
         node.meta["val"] = value
         self.guard("none" if value is None else "object", f"self.{path}", value, node)
+
+    def attribute_guard(self, path: str, value: Any) -> None:
+        """Guard a plain value that a module or its config holds."""
+        node = self.graph.get_attr(path)
+        self._place(node)
+        node.meta["val"] = None
+        self.guard("attribute", f"self.{path}", map_structure(value, _same), node)
 
     def guard(
         self,
@@ -652,7 +668,8 @@ class Tracer:
 
     def _held_object(self, value: Any) -> fx.Node:
         """The node of an object that the module holds: a child, its config."""
-        name = self._clones.path_of(value)
+        stands_for = None if self._reads is None else self._reads.path_of(value)
+        name = stands_for or self._clones.path_of(value)
         if name is None:
             raise self.error(
                 f"an object of class {type(value).__name__} was made here and is passed on: "
@@ -922,30 +939,6 @@ def _never(*args: Any) -> bool:
     return False
 
 
-def is_static(value: Any) -> bool:
-    """True for what a graph takes as it is: its value belongs to the signature of a call."""
-    return isinstance(value, _STATIC) or value is Ellipsis or value is NotImplemented
-
-
-_STATIC = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type,
-    range,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    enum.Enum,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
-
 _SEQUENCES: tuple[type[Any], ...] = (tuple, list)
 
 # Functions that give as many tensors as the sizes of their argument say.
@@ -992,6 +985,10 @@ def _within(path: str, parents: set[str]) -> bool:
     while path and path not in parents:
         path = path.rpartition(".")[0]
     return path in parents
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _spec(value: Any) -> Any:

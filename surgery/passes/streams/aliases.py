@@ -17,7 +17,7 @@ _VIEWS = frozenset(
         "expand", "narrow", "select", "chunk", "split", "unbind", "t", "swapaxes", "swapdims",
         "movedim", "moveaxis", "getitem", "getattr", "detach", "contiguous", "to", "view_as",
         "expand_as", "reshape_as", "unfold", "diagonal", "as_strided", "tensor_split", "float",
-        "half", "bfloat16", "double", "type_as", "type", "dropout", "ravel", "real", "imag", "adjoint",
+        "adjoint", "half", "bfloat16", "double", "type_as", "type", "dropout", "ravel", "real", "imag",
     }
 )  # fmt: skip
 

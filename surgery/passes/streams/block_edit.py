@@ -176,7 +176,7 @@ def replace_shortcut(
 def mixture(
     coefficients: Tensor, site: int, states: Sequence[Tensor], own: Sequence[Tensor]
 ) -> Tensor:
-    """``sum_j coefficients[site, j] state_j``, in place of the shortcut, which ``own`` ends with."""
+    """``sum_j coefficients[site, j] state_j`` instead of the shortcut, which ``own`` ends with."""
     row = coefficients[site, : len(states) + len(own)]
     shortcut = own[-1]
     return weighted_sum(torch.zeros_like(shortcut), row, (*states, *own)).to(shortcut.dtype)
@@ -245,31 +245,24 @@ class _Rewiring:
         self._meta = {"owner": "", "where": last.meta["where"], "context": (), "checkpoint": None}
         self._rows: list[fx.Node] = []
         for name in names:
-            last = self._after(last, "placeholder", name, name)
+            last = self._after(last, ("placeholder", name, (), {}), name)
             self._rows.append(last)
-        all_states = self._after(last, "placeholder", "*states", "states")
+        all_states = self._after(last, ("placeholder", "*states", (), {}), "states")
         if self._count == 1:
-            self._states = [all_states]
+            self._states: list[fx.Node] = [all_states]
             return ("coefficients", "*states")
-        self._states, last = [], all_states
+        self._states = []
+        last = all_states
         for stream in range(self._count):
             args = (stream, tuple(self._rows), all_states)
-            kwargs = {"scaled": self._edit.scaled}
-            last = self._after(last, "call_function", states_of, f"states_{stream}", args, kwargs)
+            call = ("call_function", states_of, args, {"scaled": self._edit.scaled})
+            last = self._after(last, call, f"states_{stream}")
             self._states.append(last)
         return (*names, "*states")
 
-    def _after(
-        self,
-        place: fx.Node,
-        op: str,
-        target: Any,
-        name: str,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> fx.Node:
+    def _after(self, place: fx.Node, what: tuple[Any, ...], name: str) -> fx.Node:
         with self._graph.inserting_after(place):
-            node = self._graph.create_node(op, target, args, kwargs, name=name)
+            node = self._graph.create_node(*what, name=name)
         node.meta.update(self._meta, val=None)
         return node
 
