@@ -278,11 +278,18 @@ class _Mix(Function):
             gradient = empty.copy_(gradient)
         if ctx.tokens:
             ctx.aside.put(ctx.site, gradient, ctx.tokens)
-        if not ctx.saved_tensors:
+        # Once: a non-reentrant checkpoint gives a saved tensor away a single time.
+        saved = ctx.saved_tensors
+        if not saved:
             return gradient.to(ctx.dtype), None, *unused
-        y, scale = ctx.saved_tensors
-        pulled = kernels.plain_pull if plain else kernels.pull
-        total, products = pulled(y, None, scale[None], [gradient])
+        y, scale = saved
+        if plain:
+            total, products = kernels.plain_pull(y, None, scale[None], [gradient])
+        else:
+            need_y, need_scale = ctx.needs_input_grad[:2]
+            total, products = kernels.pull(
+                y, None, scale[None], [gradient], need_state=need_y, need_products=need_scale
+            )
         return total, None if products is None else products[0], *unused
 
 
