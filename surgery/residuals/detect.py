@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from surgery.residuals.flow import Flow, sweep_back
-from surgery.residuals.ops import Effect, spec
+from surgery.residuals.ops import Effect, op_name, spec
 from surgery.residuals.regions import Region, Regions
 from surgery.residuals.residual import Kind, Residual
 
@@ -22,10 +22,12 @@ _KINDS: dict[Effect, Kind] = {
     Effect.CAST: "cast",
     Effect.SCALE: "scaled",
     Effect.POOL: "pooled",
+    Effect.REDUCE: "pooled",
     Effect.NORM: "projection",
     Effect.ACTIVATION: "projection",
     Effect.WEIGHT: "projection",
 }
+_ELEMENTWISE = frozenset({Effect.SCALE, Effect.ADD, Effect.SUBTRACT})
 _WORK = frozenset({Effect.WEIGHT, Effect.MIX, Effect.POOL})
 _LINEAR = frozenset(
     {
@@ -33,6 +35,11 @@ _LINEAR = frozenset(
         *(Effect.JOIN, Effect.NORM),
     }
 )
+_MOST_WEIGHTS = 2  # a separable convolution
+_RESHAPES = frozenset(
+    "view reshape flatten unflatten ravel squeeze unsqueeze view_as reshape_as".split()
+)
+"""Layouts that keep the order of the elements."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,14 @@ class _Step:
         node: The tensor.
         kind: What lies between it and the addition.
         weights: How many weight layers do.
+        bent: Whether a nonlinearity does, beyond which no weight layer may.
         parts: The tensors that it is only a part of, further back than ``node``.
     """
 
     node: fx.Node
     kind: Kind
     weights: int
+    bent: bool
     parts: tuple[fx.Node, ...]
 
 
@@ -123,18 +132,18 @@ class _Candidate:
 class _Search:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.flow = Flow(graph, root)
-        self.regions = Regions(graph)
+        self.regions = Regions(graph, root)
+        self._nodes = list(graph.nodes)
         self.found: dict[fx.Node, _Candidate] = {}
         self.refused: dict[fx.Node, tuple[str, bool]] = {}
         adds = [node for node in graph.nodes if self._is_sum(node)]
-        self._ways = {
-            term: self._way(term) for node in adds for term in self.flow.terms(node)[:2]
-        }
+        self._ways = {term: self._way(term) for node in adds for term in self.flow.terms(node)[:2]}
         self._number_sources()
         self._reach = self._reached()
         for node in adds:
             self._consider(node)
         self._keep_main_stream()
+        self._link()
 
     def findings(self) -> Findings:
         residuals = tuple(candidate.residual for candidate in self.found.values())
@@ -156,7 +165,7 @@ class _Search:
 
     def _way(self, term: fx.Node) -> tuple[_Step, ...]:
         """What a term may have been before, nearest first, through at most one weight layer."""
-        steps = [_Step(term, "identity", 0, ())]
+        steps = [_Step(term, "identity", 0, False, ())]
         while (step := self._before(steps[-1])) is not None:
             steps.append(step)
         return tuple(steps)
@@ -170,11 +179,19 @@ class _Search:
         if len(live) != 1:
             return None
         weights = step.weights + flow.weights.get(node, 0)
-        if weights > 1 or (effect is Effect.ACTIVATION and not weights):
+        bends = self._bends(node)
+        if weights > _MOST_WEIGHTS or (step.bent and weights > step.weights):
+            return None
+        if bends and not weights:
             return None
         kind = max(step.kind, _KINDS[effect], key=_STRENGTH.index)
         parts = (*step.parts, live[0]) if effect is Effect.PART else step.parts
-        return _Step(live[0], kind, weights, parts)
+        return _Step(live[0], kind, weights, step.bent or bends, parts)
+
+    def _bends(self, node: fx.Node) -> bool:
+        """Whether it is, or has in it, a nonlinearity; normalisation counts as none."""
+        effect = self.flow.effect[node]
+        return effect is Effect.ACTIVATION or (effect is Effect.NORM and self.flow.has_more(node))
 
     def _number_sources(self) -> None:
         sources = dict.fromkeys(step.node for way in self._ways.values() for step in way)
@@ -185,7 +202,7 @@ class _Search:
         reach: dict[fx.Node, int] = {}
         for node in self.flow.graph.nodes:
             found = self._bit.get(node, 0)
-            if self.flow.is_float(node):
+            if self.flow.is_float(node) and self.flow.effect[node] is not Effect.LOOKUP:
                 for each in self.flow.reads[node]:
                     found |= reach.get(each, 0)
             reach[node] = found
@@ -217,9 +234,7 @@ class _Search:
             return
         self.refused[node] = (reasons[0] if reasons else _UNRELATED, bool(reasons))
 
-    def _readings(
-        self, one: fx.Node, other: fx.Node
-    ) -> Iterator[tuple[fx.Node, fx.Node, _Step]]:
+    def _readings(self, one: fx.Node, other: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, _Step]]:
         """Each term as the shortcut of the other, the plainest reading first."""
         readings = [
             (shortcut, branch, step)
@@ -292,9 +307,9 @@ class _Search:
         if region.path != str(node.meta.get("owner", "")):
             return "a projection is added whose source lies outside of the module that adds"
         if self._depth(inner) <= step.weights:
-            return "both of its terms are one weight layer away from what they have in common"
+            return "it adds up parallel branches, of which none is a projection of what they share"
         if step.weights and all(self._is_linear(each) for each in inner):
-            return "both of its terms are linear maps of what they have in common"
+            return "it adds up linear maps of one tensor"
         return None
 
     def _depth(self, inner: set[fx.Node]) -> int:
@@ -307,7 +322,7 @@ class _Search:
 
     def _is_linear(self, node: fx.Node) -> bool:
         flow = self.flow
-        if node.op == "call_module" and flow.weights.get(node, 0) > 1:
+        if self._bends(node) or flow.weights.get(node, 0) > 1:
             return False
         if flow.effect[node] is Effect.SCALE:
             return len(flow.live_reads(node)) == 1
@@ -376,10 +391,9 @@ class _Search:
         """What all of a result of a call depends on, along shortcuts."""
         end = self.regions.end[region]
         order, users = self.flow.order, self.flow.users
-        nodes = [node for node in order if region.start <= order[node] <= end]
         results = [
             node
-            for node in nodes
+            for node in self._nodes[region.start : end + 1]
             if self.flow.is_live(node)
             and any(order[user] > end or user.op == "output" for user in users[node])
         ]
@@ -426,10 +440,42 @@ class _Search:
         if node in self.found:
             return (self.found[node].residual.shortcut,)
         live = self.flow.live_reads(node)
-        if self.flow.effect[node] in (Effect.SCALE, Effect.ADD):
+        if self.flow.effect[node] in _ELEMENTWISE:
             whole = [each for each in live if self.flow.numel(each) >= self.flow.numel(node)]
             return whole or live
         return live
+
+    # -- what follows what ------------------------------------------------------------------
+
+    def _link(self) -> None:
+        for node, candidate in list(self.found.items()):
+            before, kept = self._residual_before(candidate.residual)
+            linked = replace(candidate.residual, follows=before, continues=kept)
+            self.found[node] = replace(candidate, residual=linked)
+
+    def _residual_before(self, residual: Residual) -> tuple[fx.Node | None, bool]:
+        """The addition that the source comes from, and whether the state kept its shape since."""
+        flow, node = self.flow, residual.source
+        size, resized, moved = flow.numel(residual.node), False, False
+        while node not in self.found:
+            live = [each for each in self._carriers(node) if flow.is_live(each)]
+            if flow.effect[node] is Effect.JOIN:
+                live = list(dict.fromkeys(map(self._whole, live)))
+            if len(live) != 1:
+                return None, False
+            if flow.effect[node] is Effect.LAYOUT:
+                moved = moved or op_name(node) not in _RESHAPES  # padding is undone by a crop
+            elif flow.effect[node] is not Effect.PART:
+                resized = resized or flow.numel(node) != size
+            node = live[0]
+        same = _shape(node) == residual.shape
+        return node, not resized and flow.numel(node) == size and (same or not moved)
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """What a tensor is a part of."""
+        while self.flow.effect[node] in (Effect.PART, Effect.LAYOUT):
+            node = self.flow.reads[node][0]
+        return node
 
 
 def _place(node: fx.Node) -> tuple[str, str]:

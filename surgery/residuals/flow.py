@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.residuals.ops import Effect, effect_of, op_name, spec, tensors_in, weight_layers
+from surgery.residuals.ops import (
+    Effect,
+    effect_of,
+    module_effect,
+    op_name,
+    spec,
+    tensors_in,
+    weight_layers,
+)
 
 _VIEWS = frozenset({Effect.LAYOUT, Effect.PART})
 
@@ -54,6 +62,13 @@ class Flow:
     def numel(self, node: fx.Node) -> int:
         """Number of elements of all its tensors."""
         return sum(math.prod(found.shape) for found in tensors_in(node.meta.get("val")))
+
+    def has_more(self, node: fx.Node) -> bool:
+        """Whether the module of a node is more than torch's own, such as a norm that activates."""
+        if node.op != "call_module":
+            return False
+        children = self._root.get_submodule(str(node.target)).children()
+        return any(module_effect(child) is not Effect.LAYOUT for child in children)
 
     def terms(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensors that an addition adds."""

@@ -25,14 +25,19 @@ class Effect(Enum):
     SCALE = auto()
     """Times or divided by something; ``flow`` decides by what."""
     ADD = auto()
+    SUBTRACT = auto()
     POOL = auto()
-    """Statistics over neighbours or a whole axis."""
+    """Statistics over neighbours."""
+    REDUCE = auto()
+    """Statistics over whole axes."""
     NORM = auto()
     ACTIVATION = auto()
     WEIGHT = auto()
     """A weight layer, or a product that is one if an operand is a parameter."""
     MIX = auto()
     """Attention, FFT and the like: elements meet, without a weight."""
+    LOOKUP = auto()
+    """Rows of a table, chosen by index."""
     JOIN = auto()
     """Puts tensors side by side."""
     MAKE = auto()
@@ -64,12 +69,14 @@ _EFFECTS = _table(
         """,
         Effect.SCALE: "mul multiply div truediv divide true_divide",
         Effect.ADD: "add iadd",
+        Effect.SUBTRACT: "sub isub subtract rsub",
         Effect.POOL: """
             avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
             adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d
-            mean amax max interpolate upsample
+            interpolate upsample
         """,
+        Effect.REDUCE: "mean amax max",
         Effect.NORM: """
             layer_norm rms_norm group_norm batch_norm instance_norm normalize local_response_norm
             native_layer_norm native_group_norm
@@ -88,6 +95,7 @@ _EFFECTS = _table(
             scaled_dot_product_attention flash_attn_func flex_attention fft fft2 fftn rfft rfft2
             rfftn ifft ifft2 ifftn irfft irfft2 irfftn cumsum
         """,
+        Effect.LOOKUP: "embedding embedding_bag",
         Effect.JOIN: "cat concat concatenate stack hstack vstack dstack column_stack",
         Effect.MAKE: """
             empty_like full_like ones_like zeros_like rand_like randn_like new_empty new_full
@@ -133,7 +141,7 @@ def module_effect(module: nn.Module) -> Effect:
     if isinstance(module, _NORMS):
         return Effect.NORM
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return Effect.OTHER
+        return Effect.LOOKUP
     if isinstance(module, _POOLS):
         return Effect.POOL
     if isinstance(module, nn.PReLU):

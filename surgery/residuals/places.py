@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import fx
-
 from surgery.residuals.residual import Residual
 
 
@@ -72,14 +70,13 @@ def residual_stacks(residuals: Iterable[Residual]) -> tuple[ResidualStack, ...]:
     """
     sites = list(residuals)
     by_node = {site.node: site for site in sites}
-    before = {site: _previous(site, by_node) for site in sites}
     after: dict[Residual, Residual] = {}
     for site in sites:  # of several that follow, the last to run is the outermost
-        previous = before[site]
-        if previous is not None and previous.shape == site.shape:
+        previous = None if site.follows is None else by_node.get(site.follows)
+        if previous is not None and site.continues:
             after[previous] = site
-    heads = [site for site in sites if site not in set(after.values())]
-    return tuple(_run(head, after) for head in heads)
+    continued = set(after.values())
+    return tuple(_run(site, after) for site in sites if site not in continued)
 
 
 def _run(head: Residual, after: Mapping[Residual, Residual]) -> ResidualStack:
@@ -87,7 +84,3 @@ def _run(head: Residual, after: Mapping[Residual, Residual]) -> ResidualStack:
     while run[-1] in after:
         run.append(after[run[-1]])
     return ResidualStack(tuple(run), head.shape)
-
-
-def _previous(site: Residual, by_node: Mapping[fx.Node, Residual]) -> Residual | None:
-    return by_node.get(site.source)

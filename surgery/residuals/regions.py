@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,14 @@ class Regions:
 
     Args:
         graph: With an ``owner`` on its nodes.
+        root: The module that the owners are paths in.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.root = Region("", None, 0)
-        self._of: dict[fx.Node, Region] = {}
         self.end: dict[Region, int] = {}
+        self._module = root
+        self._of: dict[fx.Node, Region] = {}
         current = self.root
         for at, node in enumerate(graph.nodes):
             current = self._enter(current, str(node.meta.get("owner", "")), at)
@@ -41,10 +43,6 @@ class Regions:
             while region is not None:
                 self.end[region] = at
                 region = region.parent
-
-    def of(self, node: fx.Node) -> Region:
-        """The innermost call that made a node."""
-        return self._of[node]
 
     def around(self, node: fx.Node, first: int) -> Region:
         """The innermost call that made ``node`` and everything from place ``first`` on."""
@@ -56,8 +54,21 @@ class Regions:
     def _enter(self, current: Region, owner: str, at: int) -> Region:
         while current.parent is not None and not _within(owner, current.path):
             current = current.parent
-        return current if current.path == owner else Region(owner, current, at)
+        if current.path == owner:
+            return current
+        # The modules on the way to it may not have computed anything themselves yet.
+        depth = current.path.count(".") + 1 if current.path else 0
+        names = owner.split(".")
+        for end in range(depth + 1, len(names) + 1):
+            path = ".".join(names[:end])
+            if end == len(names) or _is_called(self._module.get_submodule(path)):
+                current = Region(path, current, at)
+        return current
 
 
 def _within(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(f"{outer}.")
+    return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _is_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward

@@ -32,6 +32,9 @@ class Residual:
         block: Dotted path of the innermost module whose call contains all of the branches.
         where: ``file:line`` of the addition.
         in_place: Whether the addition writes to one of its operands.
+        follows: The residual addition that the source comes from by way of single tensors, such as
+            a normalisation; None where a stream starts.
+        continues: Whether the state has kept its shape since ``follows``, but for a reshape.
     """
 
     node: fx.Node
@@ -46,6 +49,8 @@ class Residual:
     block: str
     where: str
     in_place: bool
+    follows: fx.Node | None = None
+    continues: bool = False
 
     def __str__(self) -> str:
         added = " + ".join(branch.name for branch in self.branches)
