@@ -18,26 +18,29 @@ from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.streams import (
     CHILD,
     BlockPlan,
+    Captured,
     Run,
     Segment,
     Segments,
     Stream,
-    check_driven,
     drive,
     find_runs,
     graft_blocks,
     holder_mixin,
+    plan_driver,
     plan_sites,
     planned_code,
     release,
     segments_of,
     ungraft_blocks,
+    with_a_state,
 )
 from surgery.record import Contract, Edit, TensorSpec
 from surgery.registry import TOPOLOGIES, suggest
 from surgery.residuals import Residual
 from surgery.rules import Where, invalid, options
 from surgery.select import Match, ModelMap, Site, Stack, stacks_meant
+from surgery.table import collapse
 from surgery.tree import children
 
 
@@ -92,7 +95,7 @@ class Shortcuts(Pass):
 
     def chooser(self, sites: ModelMap, where: Where | None) -> Callable[[Site], Match]:
         """Accepts the blocks of the stacks that a rule speaks of."""
-        layers = sites.index(stacks_meant(sites, where))
+        layers = sites.index(with_a_state(stacks_meant(sites, where), sites))
 
         def accepts(site: Site) -> Match:
             found = layers.get(site.path) if site.parameter is None else None
@@ -126,8 +129,16 @@ class Shortcuts(Pass):
         return [self._edit(stack, run, context, numbers, left_out) for stack, run in found]
 
     def code(self, model: nn.Module, edit: Edit) -> Mapping[str, str]:
-        """The rewritten methods of those who call the blocks."""
-        return planned_code(model, edit.payload["holder"], edit.payload["members"])
+        """The rewritten methods of those who call the blocks, and of blocks that are rewired."""
+        code = planned_code(model, edit.payload["holder"], edit.payload["members"], _captured(edit))
+        alike: dict[str, list[BlockPlan]] = {}
+        for plan in _plans(edit):
+            alike.setdefault(plan.key, []).append(plan)
+        for plans in alike.values():
+            name = stock_class(model.get_submodule(plans[0].path)).__name__
+            blocks = collapse([plan.path for plan in plans])
+            code[f"{name}.forward ({blocks})"] = plans[0].code()
+        return code
 
     def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Raise if the segment is gone or what holds it was wrapped since."""
@@ -160,7 +171,7 @@ class Shortcuts(Pass):
         plans = _plans(edit)
         try:
             graft_blocks(model, plans)
-            drive(model, path)
+            drive(model, path, _captured(edit))
         except BaseException:
             ungraft_blocks(model, plans)
             self._take_out(holder, edit)
@@ -208,7 +219,15 @@ class Shortcuts(Pass):
         module = context.model.get_submodule(holder)
         check_graftable(module, holder or stock_class(module).__name__)
         _check_free(module, holder)
-        check_driven(context.model, holder, members, run.calls)
+        example = context.map.resolved_example
+        captured = plan_driver(
+            context.model,
+            context.map.trace,
+            (example.args, example.kwargs),
+            holder=holder,
+            members=members,
+            calls=run.calls,
+        )
         number = numbers.next(holder)
         payload: dict[str, Any] = {
             "holder": holder,
@@ -217,6 +236,8 @@ class Shortcuts(Pass):
             "streams": [stream.dump() for stream in run.streams],
             "sites": len(run),
         }
+        if captured is not None:
+            payload["captured"] = captured.dump()
         if self.scope == "residual":
             plans = plan_sites(run, context.map, self.mode, scaled=self._weighs_sums)
             payload["blocks"] = [plan.dump() for plan in plans]
@@ -224,6 +245,8 @@ class Shortcuts(Pass):
         notes = [
             f"{path} is left out: {why}" for path, why in left_out.items() if path in stack.layers
         ]
+        if captured is not None:
+            notes.append(captured.note())
         edit = Edit(
             rule=context.rule,
             pass_name=self.name,
@@ -313,6 +336,11 @@ def _built(
         return cls(sites, init=init, **chosen)
     except ValueError as error:
         raise RuleError(f"topology {name!r} on a stack of {sites}: {error}") from None
+
+
+def _captured(edit: Edit) -> Captured | None:
+    found = edit.payload.get("captured")
+    return None if found is None else Captured.load(found)
 
 
 def _plans(edit: Edit) -> list[BlockPlan]:

@@ -577,3 +577,141 @@ def test_two_lists_that_share_code_share_a_class():
     model, _ = rewired("timm_swin")
     first, second = (model.layers[stage].blocks for stage in (0, 1))
     assert type(first) is type(second)
+
+
+#: Models whose additions have states of one shape, and their number of sites.
+SITES = {
+    "llama": {"model.layers 0..3": 8},
+    "gpt2": {"transformer.h 0..2": 6},
+    "bert": {"encoder.layer 0..2": 6},
+    "t5": {"encoder.block 0..2": 6, "decoder.block 0..2": 9},
+    "mixtral": {"model.layers 0..2": 6},
+    "timm_vit": {"blocks 0..2": 6},
+    "timm_convnext": {"stages.2.blocks 0..2": 3},
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("mode", ["add", "replace"])
+class TestEveryResidual:
+    def test_identity_start_changes_no_bit(self, name, mode):
+        model, example = zoo.build(name)
+        before = call(model, example)
+        rule = Rule(Shortcuts(scope="residual", mode=mode, init="identity"))
+        surgery.apply(model, rule, example=example)
+        found = surgery.shortcuts(model)
+        assert {key: len(matrix) for key, matrix in found.items()} == SITES[name]
+        for matrix in found.values():
+            start = torch.eye(len(matrix)) if mode == "replace" else torch.zeros_like(matrix)
+            assert torch.equal(matrix, start)
+        assert same(call(model, example), before)
+        randomise(model)
+        assert not same(call(model, example), before)
+        surgery.undo(model)
+        assert same(call(model, example), before)
+
+
+def residual_reference(model: nn.Module, ids: Tensor, matrix: Tensor, mode: str) -> Tensor:
+    """A Llama written out, with every residual addition a site."""
+    inner = model.model
+    x = inner.embed_tokens(ids)
+    length = ids.shape[1]
+    positions = torch.arange(length)[None]
+    rotary = inner.rotary_emb(x, positions)
+    mask = torch.full((length, length), -math.inf, dtype=x.dtype).triu(1)[None, None]
+    states: list[Tensor] = []
+
+    def add(shortcut: Tensor, branch: Tensor) -> Tensor:
+        states.append(shortcut)
+        mixed = sum(c * s for c, s in zip(matrix[len(states) - 1], states, strict=False))
+        return branch + mixed + (shortcut if mode == "add" else 0)
+
+    for layer in inner.layers:
+        attention = layer.self_attn(
+            layer.input_layernorm(x), position_embeddings=rotary, attention_mask=mask
+        )[0]
+        x = add(x, attention)
+        x = add(x, layer.mlp(layer.post_attention_layernorm(x)))
+    return model.lm_head(inner.norm(x))
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("init", ["uniform", "identity"])
+def test_every_residual_follows_the_formula(mode, init):
+    model, example = zoo.build("llama")
+    model.double()
+    ids = example.kwargs["input_ids"]
+    stock = copy.deepcopy(model)
+    surgery.apply(model, Rule(Shortcuts(scope="residual", mode=mode, init=init)), example=(ids,))
+    randomise(model)
+    (matrix,) = surgery.shortcuts(model).values()
+    with torch.no_grad():
+        expected = residual_reference(stock, ids, matrix.double(), mode)
+        found = model(ids).logits
+    # Both sides are float64; the sums have a handful of terms.
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+class TestResidualScopeInUse:
+    def test_cached_generation_equals_uncached(self):
+        model, _ = rewired("llama", scope="residual")
+        ids = torch.randint(5, 90, (2, 7))
+        options = {"max_new_tokens": 6, "do_sample": False}
+        cached = model.generate(ids, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+    def test_hidden_states_are_tensors(self):
+        model, example = rewired("t5", scope="residual")
+        with torch.no_grad():
+            found = model(*example.args, **example.kwargs, output_hidden_states=True)
+        states = (*found.encoder_hidden_states, *found.decoder_hidden_states)
+        assert all(isinstance(state, Tensor) for state in states)
+
+    def test_save_restore_and_undo(self, tmp_path):
+        model, example = rewired("bert", scope="residual")
+        expected = call(model, example)
+        surgery.save(model, tmp_path / "out")
+        made = surgery.restore(tmp_path / "out")
+        assert same(call(made, example), expected)
+        surgery.undo(made)
+        assert same(call(made, example), call(zoo.build("bert")[0], example))
+
+    def test_pickle_and_deepcopy(self):
+        model, example = rewired("bert", scope="residual")
+        expected = call(model, example)
+        unpickled = pickle.loads(pickle.dumps(model))  # noqa: S301  our own bytes
+        for made in (copy.deepcopy(model), unpickled):
+            assert same(call(made, example), expected)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing(self, reentrant):
+        model, example = rewired("llama", scope="residual", mode="replace")
+        model.train()
+
+        def gradients() -> dict[str, Tensor]:
+            model.zero_grad()
+            model(**example.kwargs, use_cache=False).logits.square().mean().backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        expected = gradients()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        found = gradients()
+        assert any("shortcuts" in name for name in found)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], msg=name)
+
+    def test_a_block_called_by_itself_is_an_error(self):
+        model, _ = rewired("timm_vit", scope="residual")
+        with pytest.raises(surgery.CaptureError, match="outside of its stack"):
+            model.blocks[0](torch.randn(1, 17, 32))
+
+    def test_the_plan_shows_the_generated_forward(self):
+        model, example = zoo.build("llama")
+        code = surgery.plan(model, Rule(Shortcuts(scope="residual")), example=example).code()
+        (name,) = [key for key in code if key.startswith("LlamaDecoderLayer.forward")]
+        assert "add_states(" in code[name]
+
+    def test_streams_side_by_side_are_refused(self):
+        model, example = zoo.build("FluxTransformer2DModel")
+        with pytest.raises(surgery.RuleError, match="scope: block"):
+            surgery.apply(model, Rule(Shortcuts(scope="residual")), example=example)

@@ -58,6 +58,10 @@ class BlockPlan:
         )
         return BlockPlan(data["path"], data["key"], edit, tuple(data["inline"]))
 
+    def code(self) -> str:
+        """The generated forward, as captured from the example; empty before any capture."""
+        return "\n\n".join(variant.source for variant in self.mixin().shared.variants)
+
     def mixin(self) -> type[Rewired]:
         """The class that carries the generated forward."""
         return rewired_class(_NAME, self.key, self.edit, self.inline)
