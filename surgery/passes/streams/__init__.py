@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from surgery.passes.streams.drivers import check_driven, drive, planned_code, release
+from surgery.passes.streams.drivers import drive, plan_driver, planned_code, release
+from surgery.passes.streams.graph_driver import Captured
 from surgery.passes.streams.holders import holder_mixin
 from surgery.passes.streams.ports import Stream
 from surgery.passes.streams.runs import Run, Runs, find_runs
@@ -17,10 +18,12 @@ from surgery.passes.streams.segment import (
     shortcuts,
 )
 from surgery.passes.streams.sites import BlockPlan, graft_blocks, plan_sites, ungraft_blocks
+from surgery.passes.streams.stages import with_a_state
 
 __all__ = [
     "CHILD",
     "BlockPlan",
+    "Captured",
     "Fixed",
     "Run",
     "Runs",
@@ -28,16 +31,17 @@ __all__ = [
     "Segments",
     "Stream",
     "all_segments",
-    "check_driven",
     "drive",
     "find_runs",
     "graft_blocks",
     "holder_mixin",
     "parameter_groups",
+    "plan_driver",
     "plan_sites",
     "planned_code",
     "release",
     "segments_of",
     "shortcuts",
     "ungraft_blocks",
+    "with_a_state",
 ]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import nn
 
-from surgery.capture import Call
+from surgery.capture import Call, Trace
 from surgery.capture.graft import check_graftable, graft, grafts, stock_class, ungraft
 from surgery.capture.loops import Loops, Stack, loop_mixins
 from surgery.errors import CaptureError
+from surgery.passes.streams import graph_driver
+from surgery.passes.streams.graph_driver import Captured, driven, driving_mixin, plan_capture
 from surgery.passes.streams.segment import CHILD, segments_of
 from surgery.tree import children, named_modules
 
 RUNTIME = "surgery.passes.streams.steps:begin"
 # On a driver: the stacks that its code was rewritten for, by container.
 _STACKS = "_surgery_stacks"
+# On a driver: those of them that its code could not be rewritten for, so that it was captured.
+_CAPTURED = "_surgery_captured"
 
 
 def check_driven(
@@ -41,21 +45,70 @@ def check_driven(
     }
     for call in calls:
         if not any(_covers(path, *pair, call) for path, pair in found.items()):
-            raise CaptureError(_why_not_driven(model, call, found[call.owner][1]))
+            loops = found[call.owner][1] if call.owner in found else Loops((), ())
+            raise CaptureError(_why_not_driven(model, call, loops))
 
 
-def drive(model: nn.Module, holder: str) -> None:
+def plan_driver(
+    model: nn.Module,
+    trace: Trace,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    *,
+    holder: str,
+    members: Sequence[str],
+    calls: Sequence[Call],
+) -> Captured | None:
+    """How the code that calls the blocks of a holder is to change.
+
+    Args:
+        model: The root.
+        trace: The whole model's.
+        example: Positional and keyword arguments of the model.
+        holder: Path of what holds the blocks.
+        members: Names of the blocks that are to be rewired.
+        calls: A call of each, from the trace.
+
+    Returns:
+        None where the code can be rewritten; otherwise the capture to use instead.
+
+    Raises:
+        CaptureError: neither can be done; names the loop and its line.
+    """
+    try:
+        check_driven(model, holder, members, calls)
+    except CaptureError as refused:
+        try:
+            return plan_capture(model, trace, example, holder=holder, members=members, calls=calls)
+        except CaptureError as error:
+            raise CaptureError(
+                f"{refused.message}; nor can its graph be rewired instead: {error.message}",
+                hint=error.hint,
+            ) from None
+    return None
+
+
+def drive(model: nn.Module, holder: str, captured: Captured | None = None) -> None:
     """Rewrite all code that goes through the blocks of a holder, whose segments are in place.
+
+    Args:
+        model: The root.
+        holder: Path of what holds the blocks.
+        captured: What `plan_driver` gave.
 
     Raises:
         ModelStateError: a module on the way was wrapped, or has a forward of its own.
     """
     drivers = list(_ancestors(model, holder, ()))
     for path, driver, stack in drivers:
-        if _loops(driver, _with(driver, stack)).mixins:
+        if _is_driver(path, captured) or _loops(driver, _with(driver, stack)).mixins:
             check_graftable(driver, path or stock_class(driver).__name__)
-    for _, driver, stack in drivers:
-        _rewrite(driver, _with(driver, stack))
+    for path, driver, stack in drivers:
+        added = captured if _is_driver(path, captured) else None
+        _rewrite(driver, _with(driver, stack), added)
+
+
+def _is_driver(path: str, captured: Captured | None) -> bool:
+    return captured is not None and captured.driver == path
 
 
 def release(model: nn.Module, holder: str) -> None:
@@ -68,35 +121,64 @@ def release(model: nn.Module, holder: str) -> None:
 
 def code_of(driver: nn.Module) -> dict[str, str]:
     """Name → text of the rewritten methods of a module; empty if none were."""
+    if driven(driver) is not None:
+        return graph_driver.code_of(driver)
     return dict(_loops(driver, _present(driver)).sources)
 
 
-def planned_code(model: nn.Module, holder: str, members: Sequence[str]) -> dict[str, str]:
+def planned_code(
+    model: nn.Module, holder: str, members: Sequence[str], captured: Captured | None = None
+) -> dict[str, str]:
     """``Class.method`` → text of every method that ``drive`` would rewrite."""
-    return {
-        f"{stock_class(driver).__name__}.{name}": text
-        for _, driver, stack in _ancestors(model, holder, members)
-        for name, text in _loops(driver, _with(driver, stack)).sources.items()
-    }
+    found: dict[str, str] = {}
+    for path, driver, stack in _ancestors(model, holder, members):
+        texts = _loops(driver, _with(driver, stack)).sources
+        if captured is not None and _is_driver(path, captured):
+            texts = graph_driver.sources(driving_mixin(driver, (stack,), [captured]))
+        found.update({f"{stock_class(driver).__name__}.{name}": t for name, t in texts.items()})
+    return found
 
 
-def _rewrite(driver: nn.Module, stacks: tuple[Stack, ...]) -> None:
+def _rewrite(driver: nn.Module, stacks: tuple[Stack, ...], added: Captured | None = None) -> None:
     """Make a driver's code that for these stacks, one class at a time."""
-    wanted = _loops(driver, stacks).mixins
-    old = [mixin for mixin in _loops(driver, _present(driver)).mixins if mixin not in wanted]
+    before = _captured(driver)
+    containers = {stack.container for stack in stacks}
+    kept = tuple(one for one in before if one.container in containers and one != added)
+    captured = kept if added is None else (*kept, added)
+    wanted = _mixins(driver, stacks, captured)
+    old = [mixin for mixin in _mixins(driver, _present(driver), before) if mixin not in wanted]
     present = grafts(driver)
     for mixin in wanted:
         if mixin not in present:
             graft(driver, mixin)
     for mixin in old:
         ungraft(driver, mixin)
-    driver.__dict__.pop(_STACKS, None)
-    if wanted:
-        driver.__dict__[_STACKS] = stacks
+    graph_driver.close(driver, _inline(before), _inline(captured))
+    for name, value in ((_STACKS, stacks if wanted else ()), (_CAPTURED, captured)):
+        driver.__dict__.pop(name, None)
+        if value:
+            driver.__dict__[name] = value
+
+
+def _mixins(
+    driver: nn.Module, stacks: tuple[Stack, ...], captured: Sequence[Captured]
+) -> tuple[type, ...]:
+    """What is grafted for these stacks; a graph that is rewired takes the place of source."""
+    if captured:
+        return (driving_mixin(driver, stacks, captured),)
+    return _loops(driver, stacks).mixins
+
+
+def _inline(captured: Sequence[Captured]) -> set[str]:
+    return {path for one in captured for path in one.inline}
 
 
 def _present(driver: nn.Module) -> tuple[Stack, ...]:
     return cast("tuple[Stack, ...]", driver.__dict__.get(_STACKS, ()))
+
+
+def _captured(driver: nn.Module) -> tuple[Captured, ...]:
+    return cast("tuple[Captured, ...]", driver.__dict__.get(_CAPTURED, ()))
 
 
 def _with(driver: nn.Module, stack: Stack) -> tuple[Stack, ...]:
@@ -121,11 +203,13 @@ def _ancestors(
 
 def _members(holder: nn.Module, planned: Sequence[str]) -> tuple[str, ...]:
     """Names of the blocks: all that a list holds; of other modules, those that are rewired."""
-    if isinstance(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return tuple(name for name in children(holder) if name != CHILD)
     found = segments_of(holder)
     rewired = [name for each in (found.segments() if found else ()) for name in each.members]
-    names = {*rewired, *planned}
+    names = dict.fromkeys((*rewired, *planned))
+    if any("." in name for name in names):  # of lists inside the holder
+        return tuple(names)
+    if isinstance(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return tuple(name for name in children(holder) if name != CHILD)
     return tuple(name for name in children(holder) if name in names)
 
 

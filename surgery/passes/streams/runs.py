@@ -176,10 +176,12 @@ def _continued(part: _Part, call: Call, kept: Mapping[_Pair, TensorSpec]) -> lis
             goes_on.append(pair)
     if not goes_on:
         goes_on = _indirect(part, given, gone)
-    # At the end of a stack a block may drop a stream that others carry (SD3's last one).
+    # A stream may end before its stack does: the last block of SD3 does not give it out, that of
+    # Mochi gives it out as it came.
+    made = _leaves(call.result)
     on = [pair for pair in goes_on if pair in kept]
-    dropped = [pair for pair in goes_on if pair[1] not in _leaves(call.result)]
-    return [pair for pair in goes_on if pair in on or pair in dropped] if on else []
+    ended = [pair for pair in goes_on if made.get(pair[1]) in (None, given[pair[0]])]
+    return [pair for pair in goes_on if pair in on or pair in ended] if on else []
 
 
 def _indirect(

@@ -1,0 +1,479 @@
+"""Code that calls blocks in a way that cannot be rewritten: its graph is rewired instead.
+
+The forward of the driver is captured, with its children as leaves, and every call of a block goes
+through `Steps`, as in code that `surgery.capture.loops` writes::
+
+    steps = _begin(self.layers)
+    layers_0 = steps.run(self.layers[0], x)
+    layers_1 = steps.run(self.layers[1], layers_0)
+
+A graph is right for the calls it was captured for: it has guards, and a call they do not accept is
+captured anew (`surgery.capture.Forward`). Rewriting the source has no such limits, and comes first.
+
+Where blocks lie in modules below the driver, as in the stages of a ResNet, the forwards of those
+are part of the graph. Called by anyone else they would run their blocks without mixing, so they
+refuse. A block call under ``torch.utils.checkpoint`` is checkpointed by itself, so that the mixing
+stands outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import inspect
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from torch import fx, nn
+
+from surgery.capture import Call, Capture, Forward, Trace, capture, capture_blocks
+from surgery.capture.beneath import forward_beneath
+from surgery.capture.graft import Generated, graft, grafts, stock_class, ungraft
+from surgery.capture.loops import Stack, loop_mixins
+from surgery.errors import CaptureError, ModelStateError
+from surgery.passes.streams.steps import begin
+from surgery.tree import named_modules
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A stack whose driver is captured.
+
+    Attributes:
+        driver: Path of the driver in the model.
+        container: Path of what holds the blocks, from the driver.
+        inline: Paths of the modules whose forwards are part of the graph, from the driver.
+        key: Tells the capture from those of other drivers.
+    """
+
+    driver: str
+    container: str
+    inline: tuple[str, ...]
+    key: str
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return {**dataclasses.asdict(self), "inline": list(self.inline)}
+
+    def note(self) -> str:
+        """For the plan."""
+        return (
+            f"the code of {self.driver or 'the model'} cannot be rewritten, so its forward is "
+            "replaced by capture, specialised on its guards"
+        )
+
+    @staticmethod
+    def load(data: Mapping[str, Any]) -> Captured:
+        """Back from ``dump``."""
+        return Captured(**{**data, "inline": tuple(data["inline"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewire:
+    """The edit: blocks that a graph calls are called through the runtime.
+
+    Attributes:
+        stacks: The blocks, as seen from the driver.
+    """
+
+    stacks: tuple[Stack, ...]
+
+    def __call__(self, captured: Capture, module: nn.Module) -> Capture:
+        """The same capture with its block calls rewired."""
+        return captured.rewritten(_rewired(captured.graph, self._blocks(module)), module)
+
+    def _blocks(self, module: nn.Module) -> dict[str, str]:
+        """Path of every block, as a graph names it, → the container it belongs to."""
+        first = {id(child): path for path, child in _reversed(named_modules(module))}
+        found: dict[str, str] = {}
+        for stack in self.stacks:
+            for member in stack.members:
+                path = _join(stack.container, member)
+                found[first[id(module.get_submodule(path))]] = stack.container
+        return found
+
+
+def _reversed(items: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    return list(items)[::-1]
+
+
+# -- the graph ------------------------------------------------------------------------------------
+
+
+def _rewired(graph: fx.Graph, blocks: Mapping[str, str]) -> fx.Graph:
+    made = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    steps: dict[str, fx.Node] = {}
+    for node in cast("Iterable[fx.Node]", graph.nodes):
+        container = blocks.get(str(node.target)) if node.op == "call_module" else None
+        if container is None:
+            copies[node] = made.node_copy(node, copies.__getitem__)
+            continue
+        if container not in steps:
+            steps[container] = _begun(made, container, node)
+        copies[node] = _run(made, steps[container], node, copies)
+    return made
+
+
+def _begun(graph: fx.Graph, container: str, before: fx.Node) -> fx.Node:
+    holder = graph.create_node("get_attr", container, name="holder")
+    holder.meta = _meta(before)
+    node = graph.call_function(begin, (holder,))
+    node.meta = _meta(before)
+    node.name = node.name.replace("begin", "steps")
+    return node
+
+
+def _run(
+    graph: fx.Graph, steps: fx.Node, node: fx.Node, copies: Mapping[fx.Node, fx.Node]
+) -> fx.Node:
+    """``steps.run(block, ...)``, or what checkpoints it, in the place of a call of the block."""
+    block = graph.create_node("get_attr", cast("str", node.target), name=f"{node.name}_block")
+    block.meta = _meta(node)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+    region = node.meta.get("checkpoint")
+    method, options = "run", ()
+    if region is not None:
+        method, options = "checkpointed", (region.use_reentrant, region.preserve_rng_state)
+    given = (steps, block, *options, *cast("tuple[Any, ...]", args))
+    made = graph.create_node("call_method", method, given, cast("Any", kwargs), name=node.name)
+    # Run once: what it does to the history is not to be repeated. What was one checkpointed
+    # region becomes several, with the block between them.
+    made.meta = {**node.meta, "mutates": True, "checkpoint": None}
+    return made
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    return {
+        "owner": node.meta["owner"],
+        "where": node.meta["where"],
+        "val": None,
+        "context": (),
+        "checkpoint": None,
+    }
+
+
+# -- who drives -----------------------------------------------------------------------------------
+
+
+def find_driver(trace: Trace, holder: str, calls: Sequence[Call]) -> tuple[str, tuple[str, ...]]:
+    """The innermost module whose forward leads to all of these calls and that has the blocks.
+
+    Returns:
+        Its path, and the paths of the modules in between that call the blocks, from there.
+    """
+    callers = {call.path: call.owner for call in reversed(trace.calls)}
+    chains = [_chain(call.owner, callers) for call in calls]
+    for driver in chains[0]:
+        if not all(driver in chain for chain in chains):
+            continue
+        inline = {path for chain in chains for path in chain[: chain.index(driver)]}
+        if all(_within(path, driver) for path in (holder, *(c.path for c in calls), *inline)):
+            return driver, tuple(sorted(_below(path, driver) for path in inline))
+    raise AssertionError("every call is made by the model itself, at the root")
+
+
+def _chain(owner: str, callers: Mapping[str, str]) -> list[str]:
+    """The module whose forward made a call, the one that called that, and so on to the root."""
+    chain = [owner]
+    while chain[-1]:
+        chain.append(callers[chain[-1]])
+    return chain
+
+
+def plan_capture(
+    model: nn.Module,
+    trace: Trace,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    *,
+    holder: str,
+    members: Sequence[str],
+    calls: Sequence[Call],
+) -> Captured:
+    """Capture the driver of a stack at the call that an example makes of it.
+
+    Args:
+        model: The root.
+        trace: The whole model's.
+        example: Positional and keyword arguments of the model.
+        holder: Path of what holds the blocks.
+        members: Paths of the blocks from there.
+        calls: A call of each, from the trace.
+
+    Raises:
+        CaptureError: the driver cannot be captured, or its graph does not call every block.
+    """
+    path, inline = find_driver(trace, holder, calls)
+    driver = model.get_submodule(path)
+    container = _below(holder, path)
+    present = driven(driver)
+    if present is not None:
+        return Captured(path, container, inline, present.key)
+    first = _captured(model, path, example, inline)
+    edit = Rewire((Stack(container, tuple(members)),))
+    _check_calls(first, edit, driver, path)
+    key = _key(first, driver)
+    made = driven_class(key, edit, inline, captured_methods(stock_class(driver), edit, inline))
+    made.add(first, driver)
+    return Captured(path, container, inline, key)
+
+
+def _captured(
+    model: nn.Module,
+    path: str,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    inline: tuple[str, ...],
+) -> Capture:
+    args, kwargs = example
+    if not path:
+        return capture(model, args, kwargs, inline=inline)
+    return capture_blocks(model, args, kwargs, paths=[path], inline={path: inline})[path]
+
+
+def _check_calls(first: Capture, edit: Rewire, driver: nn.Module, path: str) -> None:
+    called = {str(node.target) for node in first.graph.nodes if node.op == "call_module"}
+    for stack in edit.stacks:
+        for member in stack.members:
+            block = driver.get_submodule(_join(stack.container, member))
+            if not any(driver.get_submodule(target) is block for target in called):
+                raise CaptureError(
+                    f"the forward of {path or 'the model'} ({stock_class(driver).__name__}) does "
+                    f"not call {_join(stack.container, member)} as a module, but its forward or a "
+                    "part of it"
+                )
+
+
+def captured_methods(
+    cls: type[nn.Module], edit: Rewire, inline: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The methods of a driver that lead to blocks, ``forward`` first."""
+    lead = {path.partition(".")[0] for path in inline}
+    stacks = (*edit.stacks, *([Stack("", tuple(sorted(lead)))] if lead else []))
+    loops = loop_mixins(cls, stacks)
+    names = {*loops.methods, *loops.refused} - {"forward"}
+    plain = sorted(n for n in names if isinstance(inspect.getattr_static(cls, n), _FUNCTION))
+    return ("forward", *(name for name in plain if not name.startswith("__")))
+
+
+_FUNCTION = types.FunctionType
+
+
+# -- the classes ----------------------------------------------------------------------------------
+
+# The drivers whose stock forward is being captured: their methods are the stock ones meanwhile.
+_capturing: contextvars.ContextVar[frozenset[type]] = contextvars.ContextVar(
+    "_capturing", default=frozenset()
+)
+
+
+class Driven(Generated):
+    """Base of the mixins of captured drivers; one class for drivers of one source.
+
+    Attributes:
+        key: Tells this class from others, the same in every process.
+        edit: What is done to the captures.
+        inline: The modules whose forwards are part of them.
+        forwards: Name of a method → what it became.
+        first: A capture of the forward, unedited; None where nothing was captured beforehand.
+    """
+
+    key: ClassVar[str]
+    edit: ClassVar[Rewire]
+    inline: ClassVar[tuple[str, ...]]
+    forwards: ClassVar[dict[str, Forward]]
+    first: ClassVar[Capture | None]
+
+    @classmethod
+    def recipe(cls) -> tuple[Any, tuple[Any, ...]]:
+        """What `driven_class` makes this class from."""
+        return driven_class, (cls.key, cls.edit, cls.inline, tuple(cls.forwards))
+
+    @classmethod
+    def add(cls, first: Capture, module: nn.Module) -> None:
+        """Take on an unedited capture of a driver's forward."""
+        cls.first = first
+        cls.forwards["forward"].add(cls.edit(first, module))
+
+
+def driven_class(
+    key: str, edit: Rewire, inline: tuple[str, ...], methods: tuple[str, ...]
+) -> type[Driven]:
+    """The class of these arguments; a new one captures at its first call."""
+    with _lock:
+        known = (key, edit, inline, methods)
+        if known not in _classes:
+            _classes[known] = _make_class(*known)
+        return _classes[known]
+
+
+_lock = threading.Lock()
+_classes: dict[tuple[Any, ...], type[Driven]] = {}
+
+
+def _make_class(
+    key: str, edit: Rewire, inline: tuple[str, ...], methods: tuple[str, ...]
+) -> type[Driven]:
+    def stock(name: str) -> Callable[[nn.Module], Callable[..., Any]]:
+        return lambda module: _while_capturing(made, _beneath(type(module), made, name))
+
+    forwards = {name: Forward(edit=edit, inline=inline, function=stock(name)) for name in methods}
+
+    def method(name: str) -> Callable[..., Any]:
+        shared = forwards[name]
+
+        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if made in _capturing.get():
+                return _beneath(type(self), made, name)(self, *args, **kwargs)
+            for path in inline:
+                _check_no_hooks(self, path)
+            return shared(self, *args, **kwargs)
+
+        run.__name__ = name
+        return run
+
+    names = {
+        "key": key,
+        "edit": edit,
+        "inline": inline,
+        "forwards": forwards,
+        "first": None,
+        "__module__": __name__,
+        **{name: method(name) for name in methods},
+    }
+    made = cast("type[Driven]", type("Driven", (Driven,), names))
+    return made
+
+
+def _beneath(cls: type[nn.Module], mixin: type, name: str) -> Callable[..., Any]:
+    if name == "forward":
+        return forward_beneath(cls, mixin)
+    lineage = cls.__mro__
+    owner = next(base for base in lineage[lineage.index(mixin) + 1 :] if name in vars(base))
+    return vars(owner)[name]
+
+
+def _while_capturing(made: type, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with _captures(made):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+@contextlib.contextmanager
+def _captures(made: type) -> Iterator[None]:
+    token = _capturing.set(_capturing.get() | {made})
+    try:
+        yield
+    finally:
+        _capturing.reset(token)
+
+
+class Inlined(_Module):
+    """Put over a module whose forward is part of a driver's graph."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What it was while the driver is captured; an error for anyone else."""
+        if not _capturing.get():
+            raise CaptureError(
+                f"this {type(self).__name__} holds blocks whose shortcuts cross into other "
+                "modules, and was called by itself, where they would be left out",
+                hint="call the model, or surgery.undo it first",
+            )
+        return super().forward(*args, **kwargs)
+
+
+def _check_no_hooks(driver: nn.Module, path: str) -> None:
+    module = driver.get_submodule(path)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(module.__dict__[name] for name in hooks):
+        raise ModelStateError(
+            f"{path} of a rewired {type(driver).__name__} has a hook, which would not run: its "
+            "forward became part of the driver's",
+            hint="hook its blocks, or what comes before and after it",
+        )
+
+
+def driven(driver: nn.Module) -> type[Driven] | None:
+    """The mixin of a driver that was captured; None for any other module."""
+    return next((mixin for mixin in grafts(driver) if issubclass(mixin, Driven)), None)
+
+
+def driving_mixin(
+    driver: nn.Module, stacks: tuple[Stack, ...], captured: Sequence[Captured]
+) -> type[Driven]:
+    """The mixin for a driver with these stacks, some of which need a capture."""
+    cls = stock_class(driver)
+    edit = Rewire(tuple(sorted(stacks, key=lambda stack: stack.container)))
+    inline = tuple(sorted({path for one in captured for path in one.inline}))
+    key = captured[0].key
+    made = driven_class(key, edit, inline, captured_methods(cls, edit, inline))
+    if made.first is None:
+        known = (each for each in list(_classes.values()) if each.key == key)
+        first = next((each.first for each in known if each.inline == inline and each.first), None)
+        if first is not None:
+            made.add(first, driver)
+    return made
+
+
+def close(driver: nn.Module, before: Iterable[str], after: Iterable[str]) -> None:
+    """Make the modules at ``after`` refuse calls that are not the driver's, as ``before`` did."""
+    for path in set(before) - set(after):
+        ungraft(driver.get_submodule(path), Inlined)
+    for path in set(after) - set(before):
+        graft(driver.get_submodule(path), Inlined)
+
+
+# -- what two drivers must have in common to share a class ----------------------------------------
+
+
+def _key(first: Capture, driver: nn.Module) -> str:
+    """A digest of the source and of the classes of everything in the driver."""
+    digest = hashlib.sha256(first.source.encode())
+    for name, value in sorted(first.code.names.items()):
+        described = getattr(value, "__qualname__", None) or f"{id(value):x}"
+        digest.update(f"\n{name} {getattr(value, '__module__', '')} {described}".encode())
+    for path, module in named_modules(driver):
+        kind = stock_class(module)
+        slots: dict[str, Any] = {**module._parameters, **module._modules}  # pyright: ignore[reportPrivateUsage]
+        empty = ",".join(name for name, held in slots.items() if held is None)
+        digest.update(f"\n{path} {kind.__module__}.{kind.__qualname__} {empty}".encode())
+    return digest.hexdigest()
+
+
+def code_of(driver: nn.Module) -> dict[str, str]:
+    """Name → generated Python of the captured methods of a driver."""
+    mixin = driven(driver)
+    return {} if mixin is None else sources(mixin)
+
+
+def sources(mixin: type[Driven]) -> dict[str, str]:
+    """Name → generated Python of the methods that a driver's mixin was captured for so far."""
+    return {
+        name: "\n\n".join(variant.source for variant in forward.variants)
+        for name, forward in mixin.forwards.items()
+        if forward.variants
+    }
+
+
+def _within(path: str, parent: str) -> bool:
+    return not parent or path == parent or path.startswith(f"{parent}.")
+
+
+def _below(path: str, parent: str) -> str:
+    return path.removeprefix(parent).removeprefix(".") if parent else path
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
