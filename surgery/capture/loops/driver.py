@@ -14,7 +14,10 @@ from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_o
 _RUNNERS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
 _VIEWS = frozenset({"children", "values", "__iter__"})
 _NAMED_VIEWS = frozenset({"named_children", "items"})
-_WHOLE = object()
+_ABSENT = object()
+_WHOLE = "*"
+WHOLE_BLOCK = Value(blocks=frozenset({_WHOLE}))
+"""A block that gives itself when it is iterated over."""
 
 
 @dataclass
@@ -36,7 +39,8 @@ class Driver:
         found = [value.items or NOTHING, *(value.fields or ())]
         found += [self._module_element(path) for path in value.paths]
         if value.blocks or value.part:
-            found.append(Value(part=value.blocks | value.part))
+            whole = value.blocks & WHOLE_BLOCK.blocks
+            found.append(Value(blocks=whole, part=(value.blocks | value.part) - whole))
         return join(*found)
 
     def _module_element(self, path: str) -> Value:
@@ -103,7 +107,7 @@ class Driver:
 
     def is_iterable(self) -> bool:
         """Whether the driver itself can be looped over (`nn.Sequential`)."""
-        return inspect.getattr_static(self.cls, "__iter__", _WHOLE) is not _WHOLE
+        return inspect.getattr_static(self.cls, "__iter__", _ABSENT) is not _ABSENT
 
     @property
     def words(self) -> frozenset[str]:

@@ -29,7 +29,7 @@ from surgery.capture.loops.callees import (
     resolve,
 )
 from surgery.capture.loops.closures import block_name, passes_on
-from surgery.capture.loops.driver import Driver
+from surgery.capture.loops.driver import WHOLE_BLOCK, Driver
 from surgery.capture.loops.source import NoSource, Source, source_of
 from surgery.capture.loops.values import (
     NOTHING,
@@ -39,9 +39,10 @@ from surgery.capture.loops.values import (
     items_of,
     join,
     tuple_of,
+    without_parts,
 )
 
-Kind = Literal["call", "through", "sequence", "whole"]
+Kind = Literal["call", "through", "sequence", "flat sequence", "whole"]
 _ROUNDS = 12
 _DEPTH = 4
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
@@ -52,8 +53,8 @@ class Run:
     """A call that runs a block.
 
     Attributes:
-        kind: How: the block is called, a function is given it, a function is given several, or
-            modules that hold several each.
+        kind: How: the block is called; a function is given it; a function is given several, which
+            it may take apart; or it is given modules that hold several each.
         call: The call; its callee is what is to be wrapped.
         containers: The containers the block may be of.
         block: Python for the block, where the function is given something made around it.
@@ -81,6 +82,7 @@ class Trouble:
         runs: Whether it may run the block, rather than only keep it.
         aside: It runs part of one block, outside of any loop: part of the model's own wiring
             (an embedding shared with the first block) if the method runs the blocks as well.
+        inside: A function that another is handed calls the block, as a whole.
         containers: The containers of the block.
     """
 
@@ -90,6 +92,7 @@ class Trouble:
     runs: bool
     containers: frozenset[str]
     aside: bool = False
+    inside: bool = False
 
 
 @dataclass
@@ -159,11 +162,14 @@ class Analyst:
                 self._known[key] = self._try(function, arguments, constants or {})
         return self._known[key]
 
-    def is_sequence(self, function: types.FunctionType, constants: dict[str, bool]) -> bool:
+    def is_sequence(
+        self, function: types.FunctionType, items: Value, constants: dict[str, bool]
+    ) -> bool:
         """Whether a function runs the items of its first argument one after the other."""
-        path = next(iter(self.driver.members))
-        found = self.given(function, {0: Value(paths=frozenset({path}))}, constants)
-        return found is not None and found.runs_blocks() and found.is_clear()
+        found = self.given(function, {0: items_of(items)}, constants)
+        if found is None or not found.runs_blocks():
+            return False
+        return all(trouble.inside for trouble in found.troubles.values() if trouble.runs)
 
     def _try(
         self, function: types.FunctionType, arguments: dict[int, Value], constants: dict[str, bool]
@@ -221,6 +227,7 @@ class Scan:
         self._unused: set[ast.expr] = set()
         self._makers: dict[LocalFunction, LocalFunction] = {}
         self._entered: set[LocalFunction] = set()
+        self._handed: dict[LocalFunction, frozenset[str]] = {}
         self._changed = False
 
     def run(self, arguments: dict[int, Value]) -> Findings:
@@ -242,11 +249,9 @@ class Scan:
 
     def _check_entered(self) -> None:
         """A function around a block is either handed to another or called, not both."""
-        for function in self._entered:
-            for run in self.findings.around.values():
-                if run.call in set(ast.walk(function)):
-                    value = Value(blocks=run.containers)
-                    self._may_run("a function is handed on and called as well", function, value)
+        why = "a function around a block is handed on and called as well"
+        for function in self._entered & self._handed.keys():
+            self._may_run(why, function, Value(blocks=self._handed[function]))
 
     # Scopes ----------------------------------------------------------------------------------
 
@@ -561,7 +566,8 @@ class Scan:
         if function is None or function.__code__ is self.source.code:
             return NOTHING
         known = self.analyst.given(function, {0: Value(paths=frozenset({""}))})
-        return NOTHING if known is None else known.returns
+        # What a helper makes of a block (an object it builds around one) is its own affair.
+        return NOTHING if known is None else without_parts(known.returns)
 
     def _subscript(self, node: ast.Subscript) -> Value:
         base = self._eval(node.value)
@@ -586,6 +592,8 @@ class Scan:
         values = [self._eval(argument) for argument in node.args]
         named = {keyword.arg: self._eval(keyword.value) for keyword in node.keywords}
         found: list[Value] = []
+        if called.part and self._feeds(node, values, named):
+            self._run_part(node, called)
         if called.runnable:
             self._run("call", node, called.runnable)
             self._no_blocks_in([*values, *named.values()], node)
@@ -602,8 +610,6 @@ class Scan:
             return join(*found)
         if called.items is not None and self._containers(called.items):
             self._may_run("a part of the stack is called as a module", node, called)
-        if called.part and self._feeds(node, values, named):
-            self._run_part(node, called)
         return join(*found, self._outside(node, called, values, named))
 
     def _method_call(
@@ -759,14 +765,17 @@ class Scan:
             if first.functions:
                 return NOTHING
             if target in SEQUENCES:
-                return self._sequence(node, first)
+                return self._sequence(node, first, plain=True)
             if _is_module(first) and applies(target):
                 return NOTHING
         function = python_function(target)
         if function is not None:
             return self._python_call(function, node, values, named, 0)
-        if isinstance(target, type) and not called.part:
-            function = python_function(vars(target).get("__init__"))
+        if isinstance(target, types.BuiltinFunctionType):
+            return NOTHING  # written in C: it cannot run a module
+        if isinstance(target, type):
+            given = join(*[value for value in (*values, *named.values()) if self._matters(value)])
+            return Value(part=self._containers(given))
         return self._opaque(node, values, named)
 
     def _python_call(
@@ -790,22 +799,25 @@ class Scan:
         known = None
         if len(given) == len(led) and constants is not None:
             known = self.analyst.given(function, given, constants)
-        if known is None or constants is None:
-            return self._opaque(node, values, named)
-        if not known.runs_blocks():
+        if known is not None and not known.runs_blocks():
             return known.returns
-        if shift == 0 and list(given) == [0] and self.analyst.is_sequence(function, constants):
-            return self._sequence(node, values[0])
+        if known is None or constants is None or not self._feeds(node, values, named):
+            return self._opaque(node, values, named)
+        first_only = shift == 0 and list(given) == [0]
+        if first_only and self.analyst.is_sequence(function, WHOLE_BLOCK, constants):
+            element = self.driver.element(values[0])
+            plain = self.analyst.is_sequence(function, element, constants)
+            return self._sequence(node, values[0], plain=plain)
         why = f"{function.__qualname__} is given a block and runs it"
         return self._may_run(why, node, join(*led))
 
-    def _sequence(self, node: ast.Call, first: Value) -> Value:
+    def _sequence(self, node: ast.Call, first: Value, *, plain: bool) -> Value:
         """``checkpoint_seq(blocks, x)``: of the stack, of one block, or of what holds stacks."""
         element = self.driver.element(first)
         if first.blocks and not first.paths:
             return self._run("through", node, first.blocks)
         if element.blocks and not element.paths:
-            return self._run("sequence", node, element.blocks)
+            return self._run("sequence" if plain else "flat sequence", node, element.blocks)
         if element.paths and not element.blocks:
             return self._run("whole", node, frozenset())
         return self._may_run("stacks of several kinds are run in sequence", node, first)
@@ -821,10 +833,12 @@ class Scan:
             name = block_name(functions[0], run.callee, node.args[0], self._makers)
             if name is not None and passes_on(functions[0], run.call):
                 self.findings.around[run.call] = run
+                self._handed[functions[0]] = run.containers
                 self.findings.runs.pop(run.call, None)
                 return self._run("through", node, run.containers, name)
         why = "a function that runs a block in a way of its own is handed to another"
-        return self._may_run(why, node, found)
+        self._trouble(why, node, found, runs=True, inside=True)
+        return NOTHING
 
     def _opaque(self, node: ast.Call, values: list[Value], named: dict[str | None, Value]) -> Value:
         """A call that cannot be looked into."""
@@ -872,10 +886,13 @@ class Scan:
     def _keep(self, why: str, node: ast.AST, value: Value) -> None:
         self._trouble(why, node, value, runs=False)
 
-    def _trouble(self, why: str, node: ast.AST, value: Value, *, runs: bool) -> None:
+    def _trouble(
+        self, why: str, node: ast.AST, value: Value, *, runs: bool, inside: bool = False
+    ) -> None:
         loop = self._loops[-1] if self._loops else None
         containers = self._containers(value)
-        self.findings.troubles[node, why] = Trouble(why, node, loop, runs, containers)
+        trouble = Trouble(why, node, loop, runs, containers, inside=inside)
+        self.findings.troubles[node, why] = trouble
 
     def _no_blocks_in(self, values: Iterable[Value], node: ast.Call) -> None:
         for value in values:

@@ -238,13 +238,16 @@ def _compile(node: ast.FunctionDef, source: Source, cells: tuple[str, ...]) -> t
     body: list[ast.stmt] = [node]
     if owner is not None:
         body = [ast.ClassDef(owner, bases=[], keywords=[], body=body, decorator_list=[])]
-    parameters = [ast.arg(name) for name in dict.fromkeys((*original.co_freevars, *cells))]
+    names = dict.fromkeys((*original.co_freevars, *cells))
+    if owner is not None and owner not in names:
+        body.insert(0, ast.Global([owner]))  # methods find their class by name in the module
+    parameters = [ast.arg(name) for name in names]
     arguments = ast.arguments([], parameters, None, [], [], None, [])
     scope = ast.FunctionDef("scope", arguments, body, [], None)
     shift = original.co_firstlineno - _first_line(node)
     module = ast.Module([ast.fix_missing_locations(scope)], [])
     ast.increment_lineno(node, shift)
-    compiled: types.CodeType = compile(
+    compiled = compile(
         module,
         original.co_filename,
         "exec",

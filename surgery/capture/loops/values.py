@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _NONE: frozenset[str] = frozenset()
 _DEPTH = 4
@@ -103,6 +103,16 @@ def _join_items(left: Value | None, right: Value | None) -> Value | None:
     if left is None or right is None:
         return left or right
     return _join(left, right)
+
+
+def without_parts(value: Value) -> Value:
+    """The value, forgetting what only belongs to a block."""
+    return replace(
+        value,
+        part=_NONE,
+        items=None if value.items is None else without_parts(value.items),
+        fields=None if value.fields is None else tuple(map(without_parts, value.fields)),
+    )
 
 
 def flatten(value: Value) -> Iterable[Value]:
