@@ -37,11 +37,13 @@ class Steps:
 
         return run
 
-    def through(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def through(
+        self, function: Callable[..., Any], block: nn.Module | None = None
+    ) -> Callable[..., Any]:
         def run(target: Any, *args: Any, **kwargs: Any) -> Any:
             result = function(target, *args, **kwargs)
-            block = block_of(target)
-            return self.after(block, result) if id(block) in self.blocks else result
+            ran = block_of(target) if block is None else block
+            return self.after(ran, result) if id(ran) in self.blocks else result
 
         return run
 
