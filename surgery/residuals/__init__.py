@@ -2,7 +2,7 @@
 
 ``find_residuals(graph, root)`` works on any graph of `surgery.capture`: of a whole model
 (`trace_model`) or of one module with its children as leaves (`capture`). ``examine`` also says why
-each other addition is none. ``place`` puts residuals into the layers of stacks, and
+each other addition is none. ``place`` finds the layer a residual lies in, and
 ``residual_stacks`` groups them into runs whose state keeps its shape. ``surgery.inspect(model)``
 lists what they find.
 
@@ -24,14 +24,13 @@ everything else through single tensors that all of the result depends on. That i
 from __future__ import annotations
 
 from surgery.residuals.detect import Findings, NoResidual, examine, find_residuals
-from surgery.residuals.places import Place, ResidualStack, place, residual_stacks
+from surgery.residuals.places import ResidualStack, place, residual_stacks
 from surgery.residuals.residual import Kind, Residual
 
 __all__ = [
     "Findings",
     "Kind",
     "NoResidual",
-    "Place",
     "Residual",
     "ResidualStack",
     "examine",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import fx, nn
 
+from surgery.capture import TensorSpec
 from surgery.residuals.flow import Flow, sweep_back
 from surgery.residuals.ops import Effect, op_name, spec
 from surgery.residuals.regions import Region, Regions
@@ -37,7 +39,7 @@ _LINEAR = frozenset(
 )
 _MOST_WEIGHTS = 2  # a separable convolution
 _RESHAPES = frozenset(
-    "view reshape flatten unflatten ravel squeeze unsqueeze view_as reshape_as".split()
+    ["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"]
 )
 """Layouts that keep the order of the elements."""
 
@@ -161,7 +163,8 @@ class _Search:
 
     def _is_sum(self, node: fx.Node) -> bool:
         flow = self.flow
-        return len(flow.terms(node)) > 1 and flow.is_live(node) and flow.is_float(node)
+        single = spec(node) is not None and len(flow.terms(node)) > 1
+        return single and flow.is_live(node) and flow.is_float(node)
 
     def _way(self, term: fx.Node) -> tuple[_Step, ...]:
         """What a term may have been before, nearest first, through at most one weight layer."""
@@ -184,7 +187,8 @@ class _Search:
             return None
         if bends and not weights:
             return None
-        kind = max(step.kind, _KINDS[effect], key=_STRENGTH.index)
+        kinds: tuple[Kind, ...] = (step.kind, _KINDS[effect])
+        kind = max(kinds, key=_STRENGTH.index)
         parts = (*step.parts, live[0]) if effect is Effect.PART else step.parts
         return _Step(live[0], kind, weights, step.bent or bends, parts)
 
@@ -262,8 +266,7 @@ class _Search:
             reason = self._why_no_projection(node, step, inner, region)
             if reason is not None:
                 return reason
-        found = spec(node)
-        assert found is not None
+        found = cast(TensorSpec, spec(node))  # or it would be no sum
         owner, where = _place(node)
         residual = Residual(
             node=node,
@@ -336,6 +339,7 @@ class _Search:
         terms = self.flow.terms(plain) if plain not in self.found else ()
         same = len(terms) == 2 and plain.meta.get("owner") == branch.meta.get("owner")
         if same and all(self._leads_to(source, each) for each in terms):
+            self.refused.pop(plain, None)
             for each in terms:
                 yield from self._parallel(each, source)
         else:
@@ -382,20 +386,23 @@ class _Search:
             if region not in streams:
                 streams[region] = self._stream(region)
             if node not in streams[region]:
-                inside = region.path or "the model"
-                self.refused[node] = (f"it is not on the main stream of {inside}", True)
+                self.refused[node] = ("it is not on the main stream of the call it lies in", True)
         for node in self.refused:
             self.found.pop(node, None)
 
     def _stream(self, region: Region) -> set[fx.Node]:
-        """What all of a result of a call depends on, along shortcuts."""
+        """What all of a result of a call depends on, along shortcuts.
+
+        A result is what is read after the call, or not at all: a last block may give more than the
+        model takes.
+        """
         end = self.regions.end[region]
         order, users = self.flow.order, self.flow.users
         results = [
             node
             for node in self._nodes[region.start : end + 1]
             if self.flow.is_live(node)
-            and any(order[user] > end or user.op == "output" for user in users[node])
+            and (not users[node] or any(order[user] > end for user in users[node]))
         ]
         found: set[fx.Node] = set()
         seen: set[tuple[fx.Node, int]] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -77,7 +77,10 @@ class Flow:
     def _visit(self, node: fx.Node) -> None:
         self.users[node] = []
         self.effect[node] = effect = effect_of(node, self._root)
-        self.reads[node] = () if effect is Effect.MAKE else tuple(self._operands(node))
+        operands = tuple(self._operands(node))
+        if effect in (Effect.CAST, Effect.LAYOUT):
+            operands = operands[:1]  # the other one gives the type or the shape
+        self.reads[node] = () if effect is Effect.MAKE else operands
         for each in dict.fromkeys(self.reads[node]):
             self.users[each].append(node)
         if node.op == "get_attr" and node.target in self._parameters:
@@ -155,30 +158,25 @@ class Flow:
 
 
 def _has_step(value: Any) -> bool:
-    found: list[bool] = []
-
-    def look(item: Any) -> None:
-        if isinstance(item, slice):
-            found.append(item.step not in (None, 1))
-        elif isinstance(item, tuple | list):
-            for inner in item:
-                look(inner)
-
-    look(value)
-    return any(found)
+    """Whether an index has a slice with a step in it."""
+    if isinstance(value, slice):
+        return cast("slice[Any, Any, Any]", value).step not in (None, 1)
+    return isinstance(value, tuple | list) and any(map(_has_step, cast("list[Any]", value)))
 
 
 def _nodes(value: Any) -> Iterator[fx.Node]:
+    """The nodes in an argument, as often as they occur."""
     if isinstance(value, fx.Node):
         yield value
     elif isinstance(value, tuple | list):
-        for item in value:
+        for item in cast("list[Any]", value):
             yield from _nodes(item)
     elif isinstance(value, dict):
-        for item in value.values():
+        for item in cast("dict[Any, Any]", value).values():
             yield from _nodes(item)
     elif isinstance(value, slice):
-        yield from _nodes((value.start, value.stop, value.step))
+        bounds = cast("slice[Any, Any, Any]", value)
+        yield from _nodes((bounds.start, bounds.stop, bounds.step))
 
 
 def sweep_back(

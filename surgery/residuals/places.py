@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from surgery.residuals.residual import Residual
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a residual lies.
-
-    Attributes:
-        stack: Path of the stack.
-        layer: Path of its layer.
-        index: Index of the layer in the stack.
-    """
-
-    stack: str
-    layer: str
-    index: int
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,18 +27,13 @@ class ResidualStack:
         return len(self.sites)
 
 
-def place(residual: Residual, stacks: Mapping[str, Iterable[str]]) -> Place | None:
-    """The innermost layer of a stack in which a residual lies, or None.
+def place(residual: Residual, layers: Mapping[str, T]) -> T | None:
+    """What is known about the innermost layer that a residual lies in; None if it lies in none.
 
     Args:
         residual: Of a whole model.
-        stacks: Path of each stack → the paths of its layers, in order.
+        layers: By path, such as ``ModelMap.index(stacks)``: path → (stack, index of the layer).
     """
-    layers = {
-        layer: Place(stack, layer, at)
-        for stack, members in stacks.items()
-        for at, layer in enumerate(members)
-    }
     path = residual.block
     while path not in layers:
         if not path:
