@@ -73,8 +73,8 @@ _SWIN = {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (
 #: One model of every timm module. A number of blocks below two would leave nothing to mix.
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", _VIT),
-    "byoanet": ("halonet26t", {}),
-    "byobnet": ("test_byobnet", {}),
+    "byoanet": ("botnet50ts_256", {"img_size": 64}),
+    "byobnet": ("gernet_s", {}),
     "cait": ("cait_xxs24_224", _VIT),
     "coat": ("coat_tiny", {"img_size": 64}),
     "convit": ("convit_tiny", {**_VIT, "depth": 4}),
@@ -84,7 +84,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "crossvit": ("crossvit_9_240", {}),
     "csatv2": ("csatv2", {}),
     "cspnet": ("cs3darknet_s", {}),
-    "cspnext": ("cspnext_tiny", {}),
+    "cspnext": ("cspnext_m", {}),
     "davit": (
         "davit_tiny",
         {"depths": _TWO, "embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4)},
@@ -100,7 +100,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "edgenext": ("edgenext_xx_small", {}),
     "efficientformer": ("efficientformer_l1", {}),
     "efficientformer_v2": ("efficientformerv2_s0", {}),
-    "efficientnet": ("test_efficientnet", {}),
+    "efficientnet": ("test_efficientnet", {"channel_multiplier": 0.5, "depth_multiplier": 3.0}),
     "efficientvim": ("efficientvim_m1", {"embed_dim": (16, 32, 48)}),
     "efficientvit_mit": ("efficientvit_b0", {}),
     "efficientvit_msra": ("efficientvit_m0", {}),
@@ -122,8 +122,8 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ghostnet": ("ghostnet_050", {}),
-    "hardcorenas": ("hardcorenas_a", {}),
-    "hgnet": ("hgnetv2_b0", {}),
+    "hardcorenas": ("hardcorenas_c", {}),
+    "hgnet": ("hgnetv2_b4", {}),
     "hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (2, 2, 3, 2)}),
     "hieradet_sam2": (
         "hieradet_small",
@@ -164,7 +164,10 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "repvit": ("repvit_m0_9", {}),
     "res2net": ("res2net50_26w_4s", {"layers": _TWO, "channels": (16, 32, 48, 64)}),
     "resnest": ("resnest26d", {"channels": (16, 32, 48, 64)}),
-    "resnet": ("test_resnet", {}),
+    "resnet": (
+        "resnet26",
+        {"layers": (3, 2, 2, 2), "channels": (8, 16, 24, 32), "stem_width": 16},
+    ),
     "resnetv2": ("resnetv2_18", {"channels": (16, 32, 48, 64)}),
     "rexnet": ("rexnet_100", {}),
     "selecsls": ("selecsls42", {}),
@@ -239,7 +242,7 @@ MODELS: dict[str, Model] = {model.name: model for model in _models()}
 
 #: The few that the test suite examines every time.
 FAST = (
-    "test_resnet",
+    "resnet26",
     "test_vit",
     "swin_tiny_patch4_window7_224",
     "densenet121",

@@ -23,14 +23,18 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import Rule, Shortcuts, Stack, SurgeryError
+from surgery import Rule, Stack, SurgeryError
+from surgery.capture import trace_model
+from surgery.passes.shortcuts import Shortcuts
 from surgery.passes.streams.segment import Segment, all_segments
+from surgery.residuals import find_residuals
 from surgery.sources import Example
 from tests.coverage import differences, reference
 from tests.coverage.cases import MODELS, TooLarge, registered
 from tests.sweep import lowrank_sweep
 from tests.sweep.measure import (
     Failure,
+    Widened,
     backward,
     cause,
     distance,
@@ -94,8 +98,9 @@ class Result:
 class Subject(lowrank_sweep.Subject):
     """One model, and what is made of it once."""
 
+    @cached_property
     def reassigned(self) -> nn.Module:
-        """A copy with its shortcuts reassigned."""
+        """A copy with its shortcuts reassigned. The last check undoes it."""
         return surgery.apply(self.stock, REASSIGNED, example=self.example, copy=True)
 
     @cached_property
@@ -131,14 +136,16 @@ def lowrank_differences(subject: Subject) -> None:
     double, example = subject.wide
     model = surgery.apply(double, lowrank_sweep.EVERYWHERE, example=example, copy=True)
     lowrank_sweep.randomise(model)
-    backward(model, example)
+    with Widened():
+        backward(model, example)
     trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     generator = torch.Generator().manual_seed(7)
     signs = [
         p.grad.sign() * torch.rand(p.shape, generator=generator, dtype=p.dtype) for p in trained
     ]
     expected = sum(float((p.grad * sign).sum()) for p, sign in zip(trained, signs, strict=True))
-    found = [_difference(model, example, trained, signs, step) for step in _STEPS]
+    with Widened():
+        found = [_difference(model, example, trained, signs, step) for step in _STEPS]
     off = min(abs(each - expected) for each in found) / abs(expected)
     subject.findings["lowrank_differences"] = off
     if off > differences.TOLERANCE:
@@ -160,27 +167,37 @@ def _difference(
 
 
 def _loss(model: nn.Module, example: Example) -> float:
-    with torch.no_grad():
-        outputs = run(model, example)
-    return float(scalar([leaf.requires_grad_() for leaf in outputs]).detach())
+    """What ``backward`` differentiates: without the outputs that a model detaches."""
+    with torch.enable_grad():
+        return float(scalar(run(model, example)).detach())
 
 
 # -- shortcuts ---------------------------------------------------------------------------------
 
 
-def shortcuts_exact(subject: Subject) -> None:
-    """Coefficients that start at zero change no bit of the output."""
+class Refused(Exception):
+    """The pass has nothing to do on this model, or cannot do it, and says so."""
+
+
+def shortcuts_apply(subject: Subject) -> None:
+    """The pass finds stacks and rewrites the code that goes through them."""
     start = time.perf_counter()
-    model = subject.reassigned()
-    subject.findings["apply_seconds"] = time.perf_counter() - start
-    segments = [segment for *_, segment in all_segments(model)]
+    try:
+        segments = list(all_segments(subject.reassigned))
+    except SurgeryError as error:
+        raise Refused(f"{type(error).__name__}: {error}") from None
+    subject.findings["apply_seconds"] = round(time.perf_counter() - start, 3)
     subject.findings["stacks"] = {
-        f"{holder}.{number}" if holder else number: len(segment.members)
-        for holder, number, segment in all_segments(model)
+        f"{holder}.{number}": len(segment.members) for holder, number, segment in segments
     }
-    subject.findings["streams"] = max((len(each.streams) for each in segments), default=0)
+    subject.findings["streams"] = max((len(each.streams) for *_, each in segments), default=0)
     if not segments:
         raise Failure("nothing was reassigned")
+
+
+def shortcuts_exact(subject: Subject) -> None:
+    """Coefficients that start at zero change no bit of the output."""
+    model = subject.reassigned
     after = still(model, subject.example)
     if not same(after, subject.before):
         raise Failure(f"outputs differ by {distance(after, subject.before):.1e}")
@@ -188,9 +205,10 @@ def shortcuts_exact(subject: Subject) -> None:
 
 def shortcuts_reach(subject: Subject) -> None:
     """Right after the rewrite every parameter and every free coefficient has a gradient."""
-    stock = copy.deepcopy(subject.stock).requires_grad_(True)
+    stock = copy.deepcopy(subject.stock)
     backward(stock, subject.example)
-    model = subject.reassigned()
+    model = subject.reassigned
+    model.zero_grad()
     backward(model, subject.example)
     now = dict(model.named_parameters())
     for name, parameter in stock.named_parameters():
@@ -212,16 +230,17 @@ def shortcuts_reach(subject: Subject) -> None:
 
 def shortcuts_algebra(subject: Subject) -> None:
     """With random coefficients it computes y_k + Σ_j W_kj x_j, as hooks on the stock model do."""
-    double, example = subject.wide
-    base = still(double, example)
-    found = still(subject.random, example)
+    (double, example), model = subject.wide, subject.random
+    stacks = [_stack(holder, segment) for holder, _, segment in all_segments(model)]
+    with Widened():
+        base = still(double, example)
+        found = still(model, example)
+        with reference.mixing(double, example, stacks):
+            expected = still(double, example)
+            worst = distance(found, expected)
+            floor = noise(double, example, expected) if worst > BOUND else 0.0
     if distance(found, base) < 1e-6:
         raise Failure("random coefficients change nothing in the output")
-    stacks = [_stack(holder, segment) for holder, _, segment in all_segments(subject.random)]
-    with reference.mixing(double, example, stacks):
-        expected = still(double, example)
-        floor = noise(double, example, expected) if distance(found, expected) > BOUND else 0.0
-    worst = distance(found, expected)
     subject.findings["shortcuts_deviation"] = worst
     if worst > BOUND:
         raise Failure(f"differs from the formula by {worst:.1e}; the model's noise is {floor:.1e}")
@@ -236,38 +255,52 @@ def _stack(holder: str, segment: Segment, weights: Tensor | None = None) -> refe
 
 def shortcuts_gradients(subject: Subject) -> None:
     """dL/dW is that of the formula under plain autograd, entry by entry."""
-    double, example = subject.wide
-    with _matrices(subject.random) as made:
-        backward(subject.random, example)
-    stacks: list[reference.Stack] = []
-    for holder, _, segment in all_segments(subject.random):
+    (double, example), model = subject.wide, subject.random
+    stacks: dict[str, reference.Stack] = {}
+    for holder, number, segment in all_segments(model):
         with torch.no_grad():
             weights = segment()
-        stacks.append(_stack(holder, segment, weights.clone().requires_grad_()))
-    with reference.mixing(double, example, stacks):
-        backward(double, example)
+        stack = _stack(holder, segment, weights.clone().requires_grad_())
+        stacks[f"{holder}.{number}"] = stack
+    with Widened():
+        with _matrices(model) as made:
+            backward(model, example)
+        with reference.mixing(double, example, list(stacks.values())):
+            backward(double, example)
     double.zero_grad()
     worst = 0.0
-    for (key, ours), theirs in zip(made.items(), stacks, strict=True):
-        expected = theirs.weights.grad
-        if ours.grad is None or expected is None:
+    for key, stack in stacks.items():
+        expected = stack.weights.grad
+        if expected is None or any(weights.grad is None for weights in made[key]):
             raise Failure(f"no gradient reaches the matrix of {key}")
-        off = float((ours.grad.tril() - expected.tril()).abs().max() / expected.abs().max())
+        ours = sum(weights.grad for weights in made[key])
+        free = _free(model, key)
+        off = float(((ours - expected) * free).abs().max() / (expected * free).abs().max())
         worst = max(worst, off)
     subject.findings["gradient_deviation"] = worst
     if worst > GRADIENT_BOUND:
         raise Failure(f"dL/dW differs from the formula's by {worst:.1e}")
 
 
+def _free(model: nn.Module, key: str) -> Tensor:
+    """One where the matrix of a segment may change, zero where it is constant."""
+    segments = {f"{holder}.{number}": segment for holder, number, segment in all_segments(model)}
+    support = segments[key].support
+    mask = torch.zeros(len(support), len(support), dtype=torch.float64)
+    for k, row in enumerate(support):
+        mask[k, list(row)] = 1.0
+    return mask
+
+
 @contextmanager
-def _matrices(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def _matrices(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """The matrices that a forward within it uses, with their gradients after a backward."""
-    made: dict[str, Tensor] = {}
+    made: dict[str, list[Tensor]] = {}
 
     def keep(key: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, weights: Tensor) -> None:
             weights.retain_grad()
-            made[key] = weights
+            made.setdefault(key, []).append(weights)
 
         return hook
 
@@ -282,13 +315,13 @@ def _matrices(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def shortcuts_differences(subject: Subject) -> None:
     """Central differences agree with the gradient of every coefficient."""
-    _, example = subject.wide
-    model = subject.random
+    (_, example), model = subject.wide, subject.random
     model.zero_grad()
-    backward(model, example)
     logits = coefficients(model)
     subject.findings["coefficients"] = sum(tensor.numel() for tensor in logits)
-    worst, wrong = differences.compare(lambda: _loss(model, example), logits, TEMPERATURE)
+    with Widened():
+        backward(model, example)
+        worst, wrong = differences.compare(lambda: _loss(model, example), logits, TEMPERATURE)
     subject.findings["differences"] = worst
     if wrong:
         first = wrong[0]
@@ -300,7 +333,7 @@ def shortcuts_differences(subject: Subject) -> None:
 
 def shortcuts_undo(subject: Subject) -> None:
     """Undo brings back every bit, key, flag and class."""
-    model = subject.reassigned()
+    model = subject.reassigned
     with torch.no_grad():
         for tensor in coefficients(model):
             tensor.normal_()
@@ -326,9 +359,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 def residuals(subject: Subject) -> None:
     """How many residual additions the library finds."""
-    from surgery.residuals import residuals as find
-
-    found = find(subject.stock, subject.example)
+    trace = trace_model(subject.stock, subject.example.args, subject.example.kwargs)
+    found = find_residuals(trace.graph, subject.stock)
     subject.findings["residuals"] = len(found)
 
 
@@ -367,16 +399,8 @@ def examine(model: Model) -> Result:
 
 
 def _check_shortcuts(result: Result, subject: Subject) -> None:
-    try:
-        surgery.plan(subject.stock, REASSIGNED, example=subject.example)
-    except SurgeryError as error:
-        result.refused = f"{type(error).__name__}: {error}"
+    if not _check(result, "shortcuts_apply", shortcuts_apply, subject):
         return
-    except Exception as error:  # noqa: BLE001 - every cause belongs into the table
-        result.outcome["shortcuts_plan"] = cause(error)
-        result.tracebacks["shortcuts_plan"] = traceback.format_exc(limit=-12)
-        return
-    result.outcome["shortcuts_plan"] = "ok"
     for name, check in SHORTCUTS.items():
         if not _check(result, name, check, subject) and name == "shortcuts_exact":
             return
@@ -385,6 +409,9 @@ def _check_shortcuts(result: Result, subject: Subject) -> None:
 def _check(result: Result, name: str, check: Callable[[Any], None], subject: Subject) -> bool:
     try:
         check(subject)
+    except Refused as error:
+        result.refused = str(error)
+        return False
     except TooLarge as error:
         result.outcome[name] = f"too large for a worker: {error}"
     except Exception as error:  # noqa: BLE001 - every cause belongs into the table

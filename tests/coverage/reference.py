@@ -74,7 +74,7 @@ def streams(stock: nn.Module, example: Example, blocks: Sequence[str]) -> list[t
 
     A tensor that one block returned and the next one was given, the very same object, in the same
     two places all along. Where the model does something between two blocks, the first argument
-    that has the shape of a result.
+    that has the shape of a result. What a block only hands through is no state.
     """
     calls = _watch(stock, example, blocks)
     pairs = [
@@ -82,18 +82,25 @@ def streams(stock: nn.Module, example: Example, blocks: Sequence[str]) -> list[t
             (place, part)
             for place, tensor in after.given.items()
             for part, result in before.made.items()
-            if tensor is result and place in before.given and _alike(before.given[place], result)
+            if tensor is result and _makes(before, place, result)
         }
         for before, after in itertools.pairwise(calls)
     ]
     common = set.intersection(*pairs) if pairs else set()
     if common:
         return sorted(common, key=str)
+    handed = {id(tensor) for tensor in calls[0].given.values()}
     for place, tensor in calls[0].given.items():
         for part, result in calls[0].made.items():
-            if _alike(tensor, result):
+            if _alike(tensor, result) and id(result) not in handed:
                 return [(place, part)]
     raise Failure(f"{blocks[0]} returns nothing of the shape of an argument")
+
+
+def _makes(call: _Call, place: Place, result: Tensor) -> bool:
+    """Whether a result is new, and like the argument at a place."""
+    handed = any(tensor is result for tensor in call.given.values())
+    return not handed and place in call.given and _alike(call.given[place], result)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from surgery.sources import Example
 
@@ -69,6 +70,26 @@ def use_plain_experts(model: nn.Module) -> None:
 
     if isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
+
+
+class Widened(TorchFunctionMode):
+    """Within it, what a model casts to float32 by itself is cast to float64.
+
+    A norm that computes in float32 whatever its input is rounds to 6e-8, which hides what is
+    compared in float64 and makes differences over small steps useless.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        wide = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        named = {
+            name: torch.float64 if arg is torch.float32 else arg
+            for name, arg in (kwargs or {}).items()
+        }
+        return func(*wide, **named)
 
 
 def noise(model: nn.Module, example: Example, expected: list[Tensor]) -> float:
