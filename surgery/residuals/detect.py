@@ -25,15 +25,25 @@ _KINDS: dict[Effect, Kind] = {
     Effect.SCALE: "scaled",
     Effect.POOL: "pooled",
     Effect.REDUCE: "pooled",
+    Effect.STRIDE: "pooled",
     Effect.NORM: "projection",
     Effect.ACTIVATION: "projection",
     Effect.WEIGHT: "projection",
 }
 _ELEMENTWISE = frozenset({Effect.SCALE, Effect.ADD, Effect.SUBTRACT})
+_PARTS = frozenset({Effect.PART, Effect.STRIDE})
 _WORK = frozenset({Effect.WEIGHT, Effect.MIX, Effect.POOL})
 _LINEAR = frozenset(
     {
-        *(Effect.LAYOUT, Effect.PART, Effect.DROP, Effect.CAST, Effect.WEIGHT, Effect.ADD),
+        *(
+            Effect.LAYOUT,
+            Effect.PART,
+            Effect.STRIDE,
+            Effect.DROP,
+            Effect.CAST,
+            Effect.WEIGHT,
+            Effect.ADD,
+        ),
         *(Effect.JOIN, Effect.NORM),
     }
 )
@@ -189,7 +199,7 @@ class _Search:
             return None
         kinds: tuple[Kind, ...] = (step.kind, _KINDS[effect])
         kind = max(kinds, key=_STRENGTH.index)
-        parts = (*step.parts, live[0]) if effect is Effect.PART else step.parts
+        parts = (*step.parts, live[0]) if effect in _PARTS else step.parts
         return _Step(live[0], kind, weights, step.bent or bends, parts)
 
     def _bends(self, node: fx.Node) -> bool:
@@ -300,7 +310,7 @@ class _Search:
         """Whether the branch takes only parts of what the shortcut is a part of."""
         for whole in step.parts:
             users = [each for each in self.flow.users[whole] if each in inner]
-            if users and all(self.flow.effect[each] is Effect.PART for each in users):
+            if users and all(self.flow.effect[each] in _PARTS for each in users):
                 return True
         return False
 
@@ -402,7 +412,10 @@ class _Search:
             node
             for node in self._nodes[region.start : end + 1]
             if self.flow.is_live(node)
-            and (not users[node] or any(order[user] > end for user in users[node]))
+            and (
+                not users[node]
+                or any(order[user] > end or user.op == "output" for user in users[node])
+            )
         ]
         found: set[fx.Node] = set()
         seen: set[tuple[fx.Node, int]] = set()
@@ -472,7 +485,7 @@ class _Search:
                 return None, False
             if flow.effect[node] is Effect.LAYOUT:
                 moved = moved or op_name(node) not in _RESHAPES  # padding is undone by a crop
-            elif flow.effect[node] is not Effect.PART:
+            elif flow.effect[node] not in _PARTS:
                 resized = resized or flow.numel(node) != size
             node = live[0]
         same = _shape(node) == residual.shape

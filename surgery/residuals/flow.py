@@ -18,7 +18,7 @@ from surgery.residuals.ops import (
     weight_layers,
 )
 
-_VIEWS = frozenset({Effect.LAYOUT, Effect.PART})
+_VIEWS = frozenset({Effect.LAYOUT, Effect.PART, Effect.STRIDE})
 
 
 class Flow:
@@ -152,9 +152,7 @@ class Flow:
             return Effect.PART
         if self.numel(node) >= self.numel(before):
             return Effect.LAYOUT
-        if _has_step(node.args[1:]):
-            return Effect.POOL  # every second row and column
-        return Effect.PART
+        return Effect.STRIDE if _has_step(node.args[1:]) else Effect.PART
 
 
 def _has_step(value: Any) -> bool:

@@ -20,6 +20,8 @@ class Effect(Enum):
     """Same elements, rearranged, repeated or padded."""
     PART = auto()
     """Some of the elements."""
+    STRIDE = auto()
+    """Every second element, say."""
     DROP = auto()
     """Dropout."""
     SCALE = auto()
