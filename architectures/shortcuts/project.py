@@ -23,9 +23,6 @@ from architectures.shortcuts import _torch
 from architectures.shortcuts.base import Support
 from architectures.shortcuts.history import History
 
-#: Dimensions of an image with its channels first or last.
-_IMAGE = 4
-
 
 class Cut(NamedTuple):
     """Where the state changes shape.
@@ -49,8 +46,8 @@ class Projection(nn.Module):
             only where they differ.
         axis: Which axis has the channels: 1, or -1.
         pooled: Whether height and width change.
-        device: Of the weight.
         dtype: Of the weight.
+        generator: A generator of the CPU for the weight; torch's global one if left out.
     """
 
     weight: nn.Parameter | None
@@ -62,16 +59,16 @@ class Projection(nn.Module):
         *,
         axis: int,
         pooled: bool,
-        device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.before, self.after, self.axis, self.pooled = before, after, axis, pooled
         if before == after:
             self.register_parameter("weight", None)
         else:
-            self.weight = nn.Parameter(torch.empty(after, before, device=device, dtype=dtype))
-            self.reset_parameters()
+            self.weight = nn.Parameter(torch.empty(after, before, dtype=dtype))
+            self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal with variance 1 / ``before``, which keeps the scale of a state.
@@ -105,8 +102,10 @@ class Projection(nn.Module):
 
     def _pooled(self, x: Tensor, like: Tensor) -> Tensor:
         if self.axis == 1:
-            return functional.adaptive_avg_pool2d(x, like.shape[2:])
-        first = functional.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), like.shape[1:3])
+            return functional.adaptive_avg_pool2d(x, (like.shape[2], like.shape[3]))
+        first = functional.adaptive_avg_pool2d(
+            x.permute(0, 3, 1, 2), (like.shape[1], like.shape[2])
+        )
         return first.permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -17,16 +17,21 @@ from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.streams import (
     CHILD,
+    AcrossSegment,
     BlockPlan,
     Captured,
+    Chain,
+    CutPlan,
     Run,
     Segment,
     Segments,
     Stream,
     drive,
+    find_chains,
     find_runs,
     graft_blocks,
     holder_mixin,
+    plan_across,
     plan_driver,
     plan_sites,
     planned_code,
@@ -57,7 +62,7 @@ class Shortcuts(Pass):
     Reassigns the residual connections of stacks of blocks (ANCRe, arXiv 2602.09009):
     ``x_{k+1} = block_k(x_k) + Σ_{j≤k} c_kj x_j``, where ``x_j`` is what enters block j. A site is a
     block; the blocks of a stack that are selected have to follow one another. A stack is cut
-    where its state changes shape.
+    where its state changes shape, unless ``across`` says otherwise.
 
     Args:
         topology: Where the coefficients come from; ``surgery list topologies`` shows the names.
@@ -75,6 +80,10 @@ class Shortcuts(Pass):
         edges: Of a ``static`` topology: a K x K matrix, or a text such as ``0:2, 2:3``, where
             ``i:j`` adds state i to state j.
         plain_blocks: Allow blocks that have no residual addition of their own.
+        across: With ``project``, stacks that follow one another have one matrix, whatever happens
+            to the shape of the state between their blocks or in them: the earlier states are
+            pooled to the new height and width, and projected to the new number of channels by a
+            learned 1x1 convolution (not the authors').
     """
 
     name: ClassVar[str] = "shortcuts"
@@ -88,6 +97,7 @@ class Shortcuts(Pass):
     parameterization: Literal["softmax", "constant"] | None = None
     edges: str | tuple[tuple[float, ...], ...] | None = None
     plain_blocks: bool = False
+    across: Literal["none", "project"] = "none"
 
     def accepts(self, site: Site) -> Match:
         """Never: what is a block is known only with its model, see ``chooser``."""
@@ -100,7 +110,8 @@ class Shortcuts(Pass):
         def accepts(site: Site) -> Match:
             found = layers.get(site.path) if site.parameter is None else None
             if found is None:
-                return Match.no("it is no block of a stack")
+                known = "it is no block of a stack" if layers else "the model has no such stack"
+                return Match.no(known)
             stack, at = found
             return Match.yes(f"it is block {at} of {len(stack)} of {stack}")
 
@@ -109,24 +120,53 @@ class Shortcuts(Pass):
     def propose(self, sites: Sequence[Site], context: PlanContext) -> Sequence[Edit]:
         """One edit per run of blocks with a state of one shape."""
         chosen = {site.path for site in sites}
+        stacks = [
+            (stack, layers)
+            for stack in context.map.all_stacks
+            if (layers := [path for path in stack.layers if path in chosen])
+        ]
+        for stack, layers in stacks:
+            _check_consecutive(stack, layers)
+        if self.across == "project":
+            return self._propose_across(stacks, context)
+        return self._propose_runs(stacks, context, _Numbers(context))
+
+    def _propose_runs(
+        self,
+        stacks: Sequence[tuple[Stack, list[str]]],
+        context: PlanContext,
+        numbers: _Numbers,
+    ) -> list[Edit]:
         found: list[tuple[Stack, Run]] = []
         left_out: dict[str, str] = {}
-        for stack in context.map.all_stacks:
-            layers = [path for path in stack.layers if path in chosen]
-            if not layers:
-                continue
-            _check_consecutive(stack, layers)
+        for stack, layers in stacks:
             runs = find_runs(context.map.trace, layers, context.model)
             left_out.update(runs.left_out)
             for run in runs.found:
-                if not self.plain_blocks and not any(_residuals_of(run, context.map)):
+                if not self.plain_blocks and not any(_residuals_in(run.layers, context.map)):
                     left_out.update(dict.fromkeys(run.layers, _PLAIN))
                     continue
                 found.append((stack, run))
         if not found:
             raise _nothing_to_rewire(left_out, context.map)
-        numbers = _Numbers(context)
         return [self._edit(stack, run, context, numbers, left_out) for stack, run in found]
+
+    def _propose_across(
+        self, stacks: Sequence[tuple[Stack, list[str]]], context: PlanContext
+    ) -> list[Edit]:
+        chains, left_out = find_chains(context.map.trace, stacks, context.model)
+        if not chains:
+            raise _nothing_to_rewire(left_out, context.map)
+        numbers = _Numbers(context)
+        edits: list[Edit] = []
+        for chain in chains:
+            if chain.is_plain:
+                rows = [(chain.stacks[0], list(chain.layers))]
+                edits.extend(self._propose_runs(rows, context, numbers))
+            else:
+                edits.append(self._edit_across(chain, context, numbers))
+        notes = tuple(f"{path} is left out: {why}" for path, why in left_out.items())
+        return [dataclasses.replace(edits[0], notes=(*edits[0].notes, *notes)), *edits[1:]]
 
     def code(self, model: nn.Module, edit: Edit) -> Mapping[str, str]:
         """The rewritten methods of those who call the blocks, and of blocks that are rewired."""
@@ -161,6 +201,9 @@ class Shortcuts(Pass):
             segments = Segments()
             segments.train(holder.training)
         segment = self._segment(edit).train(holder.training)
+        if isinstance(segment, AcrossSegment):
+            name = ".".join(filter(None, (path, CHILD, edit.payload["number"])))
+            segment.draw(lambda parameter: _seeded(context, f"{name}.{parameter}"))
         segment.to(_device(holder))
         segments.add_module(edit.payload["number"], segment)
         mixin = holder_mixin(holder)
@@ -247,28 +290,95 @@ class Shortcuts(Pass):
         ]
         if captured is not None:
             notes.append(captured.note())
+        return self._made(context, payload, run.layers, run.shapes, notes)
+
+    def _edit_across(self, chain: Chain, context: PlanContext, numbers: _Numbers) -> Edit:
+        self._check_across(chain)
+        residuals = _residuals_in(chain.layers, context.map)
+        if not self.plain_blocks and not any(residuals):
+            raise _nothing_to_rewire(dict.fromkeys(chain.layers, _PLAIN), context.map)
+        holder = chain.holder
+        members = [path.removeprefix(f"{holder}.") for path in chain.layers]
+        module = context.model.get_submodule(holder)
+        check_graftable(module, holder or stock_class(module).__name__)
+        _check_free(module, holder)
+        example = context.map.resolved_example
+        captured = plan_across(
+            context.model,
+            context.map.trace,
+            (example.args, example.kwargs),
+            holder=holder,
+            members=members,
+            calls=chain.calls,
+        )
+        payload: dict[str, Any] = {
+            "holder": holder,
+            "number": numbers.next(holder),
+            "members": members,
+            "streams": [chain.stream.dump()],
+            "sites": len(members),
+            "captured": captured.dump(),
+            "cuts": [cut.dump() for cut in chain.cuts],
+        }
+        notes = [f"one matrix for {len(chain.stacks)} stacks: {captured.note()}"]
+        return self._made(context, payload, chain.layers, chain.shapes, notes)
+
+    def _check_across(self, chain: Chain) -> None:
+        if self.scope == "residual":
+            raise RuleError(
+                "across: project needs scope: block, whose states are what enters a block",
+                hint="leave out across:, or use scope: block",
+            )
+        changing = [cut.site for cut in chain.cuts if cut.inside]
+        if self.mode == "replace" and changing:
+            raise RuleError(
+                f"mode: replace takes the place of a shortcut, but {chain.layers[changing[0]]} "
+                "changes the shape of the state and does not hand it on",
+                hint="use mode: add, or select stacks between whose blocks only the shape changes",
+            )
+
+    def _made(
+        self,
+        context: PlanContext,
+        payload: dict[str, Any],
+        layers: Sequence[str],
+        shapes: Sequence[str],
+        notes: Sequence[str],
+    ) -> Edit:
+        holder, members = payload["holder"], payload["members"]
+        prefix = f"{holder}." if holder else ""
         edit = Edit(
             rule=context.rule,
             pass_name=self.name,
             site=f"{prefix}{members[0]}..{members[-1]}",
-            summary=self._summary(payload["sites"], run.shapes),
+            summary=self._summary(payload["sites"], shapes, len(payload.get("cuts", ()))),
             adds={},
-            uses={f"the shortcuts of {path}": "replace" for path in run.layers},
+            uses={f"the shortcuts of {path}": "replace" for path in layers},
             contract=Contract("exact" if self._start == "identity" else "changes"),
             payload=payload,
             notes=tuple(notes),
         )
-        name = ".".join(filter(None, (holder, CHILD, number)))
+        name = ".".join(filter(None, (holder, CHILD, payload["number"])))
         return dataclasses.replace(edit, adds=_specs(name, self._segment(edit)))
 
-    def _summary(self, sites: int, shapes: Iterable[str]) -> str:
-        state = " and ".join(shapes)
+    def _summary(self, sites: int, shapes: Sequence[str], cuts: int) -> str:
+        state = f"{shapes[0]} to {shapes[-1]}, {cuts} cuts" if cuts else " and ".join(shapes)
         how = f"{self.topology}, {self.scope} {self.mode}, {self._start} start"
         return f"{how}, K={sites}, state {state}"
 
     def _segment(self, edit: Edit) -> Segment:
         payload = edit.payload
         diagonal, shown = self._diagonals()
+        if "cuts" in payload:
+            return AcrossSegment(
+                self._topology(payload["sites"]),
+                diagonal=diagonal,
+                shown=shown,
+                members=payload["members"],
+                streams=[Stream.load(stream) for stream in payload["streams"]],
+                cuts=[CutPlan(**cut) for cut in payload["cuts"]],
+                generator=torch.Generator().manual_seed(0),
+            )
         return Segment(
             self._topology(payload["sites"]),
             diagonal=diagonal,
@@ -356,9 +466,9 @@ def _check_consecutive(stack: Stack, layers: Sequence[str]) -> None:
         )
 
 
-def _residuals_of(run: Run, sites: ModelMap) -> list[list[Residual]]:
-    """The residual additions inside each block of a run, in the order they are made."""
-    found: dict[str, list[Residual]] = {path: [] for path in run.layers}
+def _residuals_in(layers: Sequence[str], sites: ModelMap) -> list[list[Residual]]:
+    """The residual additions inside each of some blocks, in the order they are made."""
+    found: dict[str, list[Residual]] = {path: [] for path in layers}
     for residual in sites.residuals.residuals:
         path = residual.owner
         while path and path not in found:
@@ -410,6 +520,11 @@ def _specs(prefix: str, segment: Segment) -> dict[str, TensorSpec]:
         )
         for name, tensor in cast("dict[str, torch.Tensor]", segment.state_dict()).items()
     }
+
+
+def _seeded(context: ApplyContext, name: str) -> torch.Generator:
+    with context.generator(name) as generator:
+        return generator
 
 
 def _device(holder: nn.Module) -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from surgery.passes.streams.drivers import drive, plan_driver, planned_code, release
+from surgery.passes.streams.across import AcrossSegment, Chain, CutPlan, find_chains
+from surgery.passes.streams.drivers import drive, plan_across, plan_driver, planned_code, release
 from surgery.passes.streams.graph_driver import Captured
 from surgery.passes.streams.holders import holder_mixin
 from surgery.passes.streams.ports import Stream
@@ -22,8 +23,11 @@ from surgery.passes.streams.stages import with_a_state
 
 __all__ = [
     "CHILD",
+    "AcrossSegment",
     "BlockPlan",
     "Captured",
+    "Chain",
+    "CutPlan",
     "Fixed",
     "Run",
     "Runs",
@@ -32,10 +36,12 @@ __all__ = [
     "Stream",
     "all_segments",
     "drive",
+    "find_chains",
     "find_runs",
     "graft_blocks",
     "holder_mixin",
     "parameter_groups",
+    "plan_across",
     "plan_driver",
     "plan_sites",
     "planned_code",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -12,9 +12,17 @@ from torch import nn
 from surgery.capture import Call, Trace
 from surgery.capture.graft import check_graftable, graft, grafts, stock_class, ungraft
 from surgery.capture.loops import Loops, Stack, loop_mixins
-from surgery.errors import CaptureError
+from surgery.errors import CaptureError, ModelStateError
 from surgery.passes.streams import graph_driver
-from surgery.passes.streams.graph_driver import Captured, driven, driving_mixin, plan_capture
+from surgery.passes.streams.graph_driver import (
+    Captured,
+    driven,
+    driving_mixin,
+    inlined,
+    innermost_driver,
+    outermost_driver,
+    plan_capture,
+)
 from surgery.passes.streams.segment import CHILD, segments_of
 from surgery.tree import children, named_modules
 
@@ -78,13 +86,48 @@ def plan_driver(
         check_driven(model, holder, members, calls)
     except CaptureError as refused:
         try:
-            return plan_capture(model, trace, example, holder=holder, members=members, calls=calls)
+            driver = innermost_driver(trace, holder, calls)
+            return plan_capture(
+                model,
+                example,
+                driver=driver,
+                holder=holder,
+                members=members,
+                inline=inlined(trace, driver, calls),
+            )
         except CaptureError as error:
             raise CaptureError(
                 f"{refused.message}; nor can its graph be rewired instead: {error.message}",
                 hint=error.hint,
             ) from None
     return None
+
+
+def plan_across(
+    model: nn.Module,
+    trace: Trace,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]],
+    *,
+    holder: str,
+    members: Sequence[str],
+    calls: Sequence[Call],
+) -> Captured:
+    """The capture of the driver of several stacks, for a history that goes through all of them.
+
+    Takes the same arguments as `plan_driver`.
+
+    Raises:
+        CaptureError: the driver cannot be captured.
+    """
+    driver = outermost_driver(model, trace, holder, calls)
+    return plan_capture(
+        model,
+        example,
+        driver=driver,
+        holder=holder,
+        members=members,
+        inline=inlined(trace, driver, calls),
+    )
 
 
 def drive(model: nn.Module, holder: str, captured: Captured | None = None) -> None:
@@ -98,13 +141,46 @@ def drive(model: nn.Module, holder: str, captured: Captured | None = None) -> No
     Raises:
         ModelStateError: a module on the way was wrapped, or has a forward of its own.
     """
-    drivers = list(_ancestors(model, holder, ()))
+    captured = captured or _capture_of(model, holder)
+    drivers = [each for each in _ancestors(model, holder, ()) if _is_own(each[0], captured)]
     for path, driver, stack in drivers:
         if _is_driver(path, captured) or _loops(driver, _with(driver, stack)).mixins:
             check_graftable(driver, path or stock_class(driver).__name__)
+            graph_driver.check_not_inlined(driver, path)
+    if captured is not None:
+        _check_inlined(model.get_submodule(captured.driver), captured.inline)
     for path, driver, stack in drivers:
         added = captured if _is_driver(path, captured) else None
         _rewrite(driver, _with(driver, stack), added)
+
+
+def _capture_of(model: nn.Module, holder: str) -> Captured | None:
+    """How the driver of a holder was captured, if one was."""
+    for _, driver, stack in _ancestors(model, holder, ()):
+        for captured in _captured(driver):
+            if captured.container == stack.container:
+                return captured
+    return None
+
+
+def _is_own(path: str, captured: Captured | None) -> bool:
+    """Whether the code of a module stands for itself, and is not part of a captured driver's."""
+    if captured is None or not path.startswith(captured.driver):
+        return True
+    return path == captured.driver
+
+
+def _check_inlined(driver: nn.Module, paths: Iterable[str]) -> None:
+    """Raise if a module whose forward is to become part of a driver's cannot be closed."""
+    for path in paths:
+        module = driver.get_submodule(path)
+        check_graftable(module, path)
+        if _present(module):
+            raise ModelStateError(
+                f"{path} was rewired already, and its forward would become part of the one of "
+                f"{stock_class(driver).__name__}",
+                hint="undo the earlier rewrite, or name all stacks in one rule",
+            )
 
 
 def _is_driver(path: str, captured: Captured | None) -> bool:
@@ -114,7 +190,10 @@ def _is_driver(path: str, captured: Captured | None) -> bool:
 def release(model: nn.Module, holder: str) -> None:
     """Fit the code that goes through the blocks of a holder to the segments that are left."""
     rewired = segments_of(model.get_submodule(holder)) is not None
-    for _, driver, stack in _ancestors(model, holder, ()):
+    captured = _capture_of(model, holder)
+    for path, driver, stack in _ancestors(model, holder, ()):
+        if not _is_own(path, captured):
+            continue
         rest = tuple(kept for kept in _present(driver) if kept.container != stack.container)
         _rewrite(driver, (*rest, stack) if rewired else rest)
 

@@ -26,7 +26,7 @@ import hashlib
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import fx, nn
@@ -67,15 +67,13 @@ class Captured:
 
     def note(self) -> str:
         """For the plan."""
-        return (
-            f"the code of {self.driver or 'the model'} cannot be rewritten, so its forward is "
-            "replaced by capture, specialised on its guards"
-        )
+        driver = self.driver or "the model"
+        return f"the forward of {driver} is replaced by capture, specialised on its guards"
 
     @staticmethod
     def load(data: Mapping[str, Any]) -> Captured:
         """Back from ``dump``."""
-        return Captured(**{**data, "inline": tuple(data["inline"])})
+        return Captured(data["driver"], data["container"], tuple(data["inline"]), data["key"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,21 +164,61 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 # -- who drives -----------------------------------------------------------------------------------
 
 
-def find_driver(trace: Trace, holder: str, calls: Sequence[Call]) -> tuple[str, tuple[str, ...]]:
-    """The innermost module whose forward leads to all of these calls and that has the blocks.
-
-    Returns:
-        Its path, and the paths of the modules in between that call the blocks, from there.
-    """
-    callers = {call.path: call.owner for call in reversed(trace.calls)}
-    chains = [_chain(call.owner, callers) for call in calls]
+def innermost_driver(trace: Trace, holder: str, calls: Sequence[Call]) -> str:
+    """The innermost module that has these blocks, and whose forward leads to all their calls."""
+    chains = _chains(trace, calls)
     for driver in chains[0]:
-        if not all(driver in chain for chain in chains):
-            continue
-        inline = {path for chain in chains for path in chain[: chain.index(driver)]}
-        if all(_within(path, driver) for path in (holder, *(c.path for c in calls), *inline)):
-            return driver, tuple(sorted(_below(path, driver) for path in inline))
+        if all(driver in chain for chain in chains) and _has(driver, holder, calls, chains):
+            return driver
     raise AssertionError("every call is made by the model itself, at the root")
+
+
+def outermost_driver(model: nn.Module, trace: Trace, holder: str, calls: Sequence[Call]) -> str:
+    """The outermost module whose code may run a block, or something that leads to one of them.
+
+    Code above the innermost driver may go past it, for instance to checkpoint the blocks one by
+    one, so it has to be part of the capture.
+    """
+    innermost = innermost_driver(trace, holder, calls)
+    chains = _chains(trace, calls)
+    below = [_join(innermost, path) for path in inlined(trace, innermost, calls)]
+    reached = (*below, *(call.path for call in calls))
+    above = chains[0][chains[0].index(innermost) + 1 :]
+    for path in reversed(above):
+        if not _has(path, holder, calls, chains):
+            continue
+        stacks = _grouped(_below(each, path) for each in reached)
+        loops = loop_mixins(stock_class(model.get_submodule(path)), stacks)
+        if loops.methods or loops.refused:
+            return path
+    return innermost
+
+
+def inlined(trace: Trace, driver: str, calls: Sequence[Call]) -> tuple[str, ...]:
+    """Paths, from a driver, of the modules whose forwards lead from it to the blocks."""
+    chains = _chains(trace, calls)
+    paths = {path for chain in chains for path in chain[: chain.index(driver)]}
+    return tuple(sorted(_below(path, driver) for path in paths))
+
+
+def _has(driver: str, holder: str, calls: Sequence[Call], chains: Sequence[Sequence[str]]) -> bool:
+    """Whether a module on all chains has the blocks, their holder, and what leads to them."""
+    between = (path for chain in chains for path in chain[: chain.index(driver)])
+    return all(_within(p, driver) for p in (holder, *(call.path for call in calls), *between))
+
+
+def _chains(trace: Trace, calls: Sequence[Call]) -> list[list[str]]:
+    callers = {call.path: call.owner for call in reversed(trace.calls)}
+    return [_chain(call.owner, callers) for call in calls]
+
+
+def _grouped(paths: Iterable[str]) -> tuple[Stack, ...]:
+    """Modules by what holds them, as the analysis of source wants them."""
+    members: dict[str, list[str]] = {}
+    for path in paths:
+        container, _, name = path.rpartition(".")
+        members.setdefault(container, []).append(name)
+    return tuple(Stack(path, tuple(dict.fromkeys(names))) for path, names in members.items())
 
 
 def _chain(owner: str, callers: Mapping[str, str]) -> list[str]:
@@ -193,39 +231,38 @@ def _chain(owner: str, callers: Mapping[str, str]) -> list[str]:
 
 def plan_capture(
     model: nn.Module,
-    trace: Trace,
     example: tuple[tuple[Any, ...], Mapping[str, Any]],
     *,
+    driver: str,
     holder: str,
     members: Sequence[str],
-    calls: Sequence[Call],
+    inline: tuple[str, ...],
 ) -> Captured:
-    """Capture the driver of a stack at the call that an example makes of it.
+    """Capture a driver at the call that an example makes of it.
 
     Args:
         model: The root.
-        trace: The whole model's.
         example: Positional and keyword arguments of the model.
+        driver: Path of the driver.
         holder: Path of what holds the blocks.
         members: Paths of the blocks from there.
-        calls: A call of each, from the trace.
+        inline: Paths of the modules whose forwards become part of the graph, from the driver.
 
     Raises:
         CaptureError: the driver cannot be captured, or its graph does not call every block.
     """
-    path, inline = find_driver(trace, holder, calls)
-    driver = model.get_submodule(path)
-    container = _below(holder, path)
-    present = driven(driver)
+    module = model.get_submodule(driver)
+    container = _below(holder, driver)
+    present = driven(module)
     if present is not None:
-        return Captured(path, container, inline, present.key)
-    first = _captured(model, path, example, inline)
+        return Captured(driver, container, inline, present.key)
+    first = _captured(model, driver, example, inline)
     edit = Rewire((Stack(container, tuple(members)),))
-    _check_calls(first, edit, driver, path)
-    key = _key(first, driver)
-    made = driven_class(key, edit, inline, captured_methods(stock_class(driver), edit, inline))
-    made.add(first, driver)
-    return Captured(path, container, inline, key)
+    _check_calls(first, edit, module, driver)
+    key = _key(first, module)
+    made = driven_class(key, edit, inline, captured_methods(stock_class(module), edit, inline))
+    made.add(first, module)
+    return Captured(driver, container, inline, key)
 
 
 def _captured(
@@ -257,9 +294,8 @@ def captured_methods(
     cls: type[nn.Module], edit: Rewire, inline: tuple[str, ...]
 ) -> tuple[str, ...]:
     """The methods of a driver that lead to blocks, ``forward`` first."""
-    lead = {path.partition(".")[0] for path in inline}
-    stacks = (*edit.stacks, *([Stack("", tuple(sorted(lead)))] if lead else []))
-    loops = loop_mixins(cls, stacks)
+    blocks = [_join(stack.container, name) for stack in edit.stacks for name in stack.members]
+    loops = loop_mixins(cls, _grouped([*blocks, *inline]))
     names = {*loops.methods, *loops.refused} - {"forward"}
     plain = sorted(n for n in names if isinstance(inspect.getattr_static(cls, n), _FUNCTION))
     return ("forward", *(name for name in plain if not name.startswith("__")))
@@ -372,7 +408,7 @@ def _while_capturing(made: type, function: Callable[..., Any]) -> Callable[..., 
 
 
 @contextlib.contextmanager
-def _captures(made: type) -> Iterator[None]:
+def _captures(made: type) -> Generator[None]:
     token = _capturing.set(_capturing.get() | {made})
     try:
         yield
@@ -425,6 +461,20 @@ def driving_mixin(
         if first is not None:
             made.add(first, driver)
     return made
+
+
+def check_not_inlined(module: nn.Module, path: str) -> None:
+    """Raise if the forward of a module is part of a captured driver's.
+
+    Raises:
+        ModelStateError: it is, so that its code is not what runs.
+    """
+    if Inlined in grafts(module):
+        raise ModelStateError(
+            f"the forward of {path} became part of the one of a module above it by an earlier "
+            "rewrite, so that its own code does not run",
+            hint="undo the earlier rewrite, or name all stacks in one rule",
+        )
 
 
 def close(driver: nn.Module, before: Iterable[str], after: Iterable[str]) -> None:

@@ -108,7 +108,7 @@ class _Part:
     specs: dict[_Pair, TensorSpec]
 
     def run(self, model: nn.Module) -> Run:
-        streams = tuple(_stream(self.calls, pair, model) for pair in self.pairs)
+        streams = tuple(stream_of(self.calls, pair, model) for pair in self.pairs)
         shapes = tuple(str(self.specs[pair]) for pair in self.pairs)
         layers = tuple(call.path for call in self.calls)
         return Run(layers, self.calls[0].owner, streams, shapes, tuple(self.calls))
@@ -247,7 +247,17 @@ def _leaves(value: Any) -> dict[Path, fx.Node]:
     return {(at, *path): node for at, item in items for path, node in _leaves(item).items()}
 
 
-def _stream(calls: Sequence[Call], pair: _Pair, model: nn.Module) -> Stream:
+def float_leaves(value: Any) -> dict[Path, fx.Node]:
+    """The floating-point tensors among the arguments or in the result of a call, by path."""
+    return {path: node for path, node in _leaves(value).items() if _spec(node) is not None}
+
+
+def comes_of(node: fx.Node, ancestor: fx.Node) -> bool:
+    """Whether ``ancestor`` reaches ``node`` through floating-point tensors."""
+    return _descends(node, ancestor)
+
+
+def stream_of(calls: Sequence[Call], pair: _Pair, model: nn.Module) -> Stream:
     """The stream of a pair, by position as well as by name: call sites differ."""
     (first, *inner), result = pair
     names = _parameters(model.get_submodule(calls[0].path))

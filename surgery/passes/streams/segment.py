@@ -142,7 +142,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         model: Rewired or not; without coefficients the second group is left out.
         weight_decay: Of the first group.
     """
-    coefficients = {id(p) for *_, segment in all_segments(model) for p in segment.parameters()}
+    segments = [segment for *_, segment in all_segments(model)]
+    coefficients = {id(p) for segment in segments for p in segment.topology.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {
