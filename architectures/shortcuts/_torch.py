@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -46,6 +48,12 @@ def _stands_for_another(tensor: Tensor) -> bool:
     if type(tensor) not in _KNOWN or tensor.is_meta:
         return True
     return _C._functorch.is_legacy_batchedtensor(tensor)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed: torch brings it along on Linux with CUDA, not elsewhere."""
+    return find_spec("triton") is not None
 
 
 def version(tensor: Tensor) -> int | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from architectures.shortcuts import _torch, kernels
+from architectures.shortcuts.kernels import plain
 
 Grads = tuple[Tensor | None, ...]
 
@@ -136,7 +137,7 @@ class History:
         scale = row[self._sites] if self._scaled else None
         coefficients = _gather(row, used)
         if _torch.symbolic(y, self._weights, *tensors):
-            return kernels.plain_sum(y, scale, coefficients, tensors)
+            return plain.combine(y, scale, coefficients, tensors)
         if not tensors and scale is None:
             return y
         if any(state.pushes(self._weights) for state in states) or _scattered(y, row, tensors):
@@ -228,18 +229,16 @@ class _Tap(Function):
         users, gradients = [user for user, _ in found], [each for _, each in found]
         coefficients = _gather(column, users).to(x.device)
         present = () if gradient is None else (gradient,)
-        if torch.is_grad_enabled() or _torch.symbolic(x, *present, *gradients):
-            total, products = kernels.plain_pull(x, gradient, coefficients, gradients)
-        else:
-            need_x, need_column = ctx.needs_input_grad[:2]
-            total, products = kernels.pull(
-                x,
-                gradient,
-                coefficients,
-                gradients,
-                need_state=need_x,
-                need_products=need_column,
-            )
+        symbolic = torch.is_grad_enabled() or _torch.symbolic(x, *present, *gradients)
+        need_x, need_column = ctx.needs_input_grad[:2]
+        total, products = (plain if symbolic else kernels).pull(
+            x,
+            gradient,
+            coefficients,
+            gradients,
+            need_state=need_x,
+            need_products=need_column,
+        )
         return total, _scatter(products, users, column), None, None
 
 
@@ -270,8 +269,9 @@ class _Mix(Function):
         unused = (None,) * (4 + ctx.tokens)
         if gradient is None:
             return None, None, *unused
-        plain = torch.is_grad_enabled() or _torch.symbolic(gradient)
-        if not plain and gradient.stride() != ctx.layout:
+        symbolic = torch.is_grad_enabled() or _torch.symbolic(gradient)
+        if not symbolic and gradient.stride() != ctx.layout:
+            # As the states lie, once, and not again in each of the taps.
             empty = torch.empty_strided(
                 gradient.shape, ctx.layout, dtype=gradient.dtype, device=gradient.device
             )
@@ -283,13 +283,10 @@ class _Mix(Function):
         if not saved:
             return gradient.to(ctx.dtype), None, *unused
         y, scale = saved
-        if plain:
-            total, products = kernels.plain_pull(y, None, scale[None], [gradient])
-        else:
-            need_y, need_scale = ctx.needs_input_grad[:2]
-            total, products = kernels.pull(
-                y, None, scale[None], [gradient], need_state=need_y, need_products=need_scale
-            )
+        need_y, need_scale = ctx.needs_input_grad[:2]
+        total, products = (plain if symbolic else kernels).pull(
+            y, None, scale[None], [gradient], need_state=need_y, need_products=need_scale
+        )
         return total, None if products is None else products[0], *unused
 
 
@@ -319,7 +316,7 @@ def weighted_sum(base: Tensor, row: Tensor, states: Sequence[Tensor]) -> Tensor:
     row = row.to(base.device)
     states = [state.to(base.device) for state in states]
     if _torch.symbolic(base, row, *states):
-        return kernels.plain_sum(base, None, row, states)
+        return plain.combine(base, None, row, states)
     return _apply(_Push, base, row, *states)
 
 
@@ -340,27 +337,11 @@ class _Push(Function):
         if gradient is None:
             return (None,) * (2 + len(states))
         need_row, *need_states = ctx.needs_input_grad[1:]
-        plain = torch.is_grad_enabled() or _torch.symbolic(gradient)
-        totals: list[Tensor | None] = []
-        products: list[Tensor] = []
-        for index, state in enumerate(states):
-            part = row[index : index + 1]
-            if plain:
-                total, product = kernels.plain_pull(state, None, part, [gradient])
-            else:
-                total, product = kernels.pull(
-                    state,
-                    None,
-                    part,
-                    [gradient],
-                    need_state=need_states[index],
-                    need_products=need_row,
-                )
-            totals.append(total)
-            if product is not None:
-                products.append(product)
-        grad_row = torch.cat(products).to(row.dtype) if need_row else None
-        return gradient.to(ctx.dtype), grad_row, *totals
+        symbolic = torch.is_grad_enabled() or _torch.symbolic(gradient)
+        totals, products = (plain if symbolic else kernels).push(
+            gradient, row, states, need_states=need_states, need_products=need_row
+        )
+        return gradient.to(ctx.dtype), products, *totals
 
 
 def _apply(function: type[Function], *inputs: object) -> Any:

@@ -52,6 +52,8 @@ def test_identity_is_exact_in_bfloat16() -> None:
         assert torch.equal(call(x), expected)
 
 
+# Dynamo looks at the gradient of every tensor it resumes with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_history_that_outlives_its_graph_pushes() -> None:
     """Registered in a compiled part, mixed in eager code: nothing is lost in between."""
     ours = Stack(MIXER["ancre"](), 4).double()
