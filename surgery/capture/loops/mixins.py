@@ -123,6 +123,7 @@ class _Maker:
         self.methods: dict[str, None] = {}
         self.refused: dict[str, str] = {}
         self.sources: dict[str, str] = {}
+        self._in_full: frozenset[str] | None = None
 
     def make(self) -> Loops:
         self._find_aliases()
@@ -233,13 +234,25 @@ class _Maker:
             if function.__code__.co_name == name and not _is_dunder(name):
                 raise NotUnderstood(str(error)) from None
             return None
-        rewriting = plan(source, analyst.method(function))
+        rewriting = plan(source, analyst.method(function), self._run_in_full(analyst))
         if rewriting is None:
             return None
         added = {rewriting.begin: self.begin, rewriting.whole: whole}
         edited = edit(source, rewriting.insertions, tuple(added))
         self.sources[name] = edited.text
         return _with_cells(function, edited.code, added)
+
+    def _run_in_full(self, analyst: Analyst) -> frozenset[str]:
+        """Lists of blocks that some method runs; blocks with names of their own do not count."""
+        if self._in_full is None:
+            runs = [run for findings in analyst.known() for run in findings.runs.values()]
+            lists = {
+                path
+                for path, members in self.driver.members.items()
+                if all(name.isdigit() for name in members)
+            }
+            self._in_full = frozenset(path for run in runs for path in run.containers) & lists
+        return self._in_full
 
     def _rewritten_property(
         self,

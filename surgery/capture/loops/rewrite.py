@@ -42,15 +42,22 @@ class Rewriting:
     whole: str
 
 
-def plan(source: Source, findings: Findings) -> Rewriting | None:
+def plan(
+    source: Source, findings: Findings, elsewhere: frozenset[str] = frozenset()
+) -> Rewriting | None:
     """The edit that findings ask for; None if the method runs no block.
+
+    Args:
+        source: The method.
+        findings: What it does.
+        elsewhere: Lists of blocks that another method runs in full.
 
     Raises:
         NotUnderstood: it runs, or may run, a block in a way that cannot be rewritten.
     """
     runs = list(findings.runs.values())
     troubles = list(findings.troubles.values())
-    run = frozenset[str]().union(*(one.containers for one in runs))
+    run = elsewhere.union(*(one.containers for one in runs))
     troubles = [one for one in troubles if not (one.aside and one.containers <= run)]
     stops = [trouble for trouble in troubles if trouble.runs] or (troubles if runs else [])
     if stops:

@@ -80,8 +80,8 @@ class Trouble:
         node: Where.
         loop: The innermost loop around it.
         runs: Whether it may run the block, rather than only keep it.
-        aside: It runs part of one block, outside of any loop: part of the model's own wiring
-            (an embedding shared with the first block) if the method runs the blocks as well.
+        aside: It runs part of one block, outside of any loop: the model's own wiring (an embedding
+            that lives in the first block), as long as the blocks are run elsewhere.
         inside: A function that another is handed calls the block, as a whole.
         containers: The containers of the block.
     """
@@ -130,6 +130,7 @@ class Analyst:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self._known: dict[tuple[Any, ...], Findings | None] = {}
+        self._methods: dict[types.CodeType, Findings] = {}
         self._depth = 0
 
     def method(self, function: types.FunctionType) -> Findings:
@@ -138,8 +139,15 @@ class Analyst:
         Raises:
             NoSource: its text is not to be had.
         """
-        arguments = {0: Value(paths=frozenset({""}))}
-        return Scan(self, function, source_of(function), {}).run(arguments)
+        if function.__code__ not in self._methods:
+            arguments = {0: Value(paths=frozenset({""}))}
+            scan = Scan(self, function, source_of(function), {})
+            self._methods[function.__code__] = scan.run(arguments)
+        return self._methods[function.__code__]
+
+    def known(self) -> Iterable[Findings]:
+        """What the methods scanned so far do."""
+        return self._methods.values()
 
     def given(
         self,

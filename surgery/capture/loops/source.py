@@ -147,8 +147,12 @@ def _essence(code: types.CodeType) -> list[tuple[str, object]]:
 
 
 def _argument(instruction: dis.Instruction) -> object:
-    named = instruction.opname in {"LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD"}
-    return instruction.argval if named else instruction.argrepr
+    if instruction.opname in {"LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD"}:
+        return instruction.argval
+    if instruction.opname == "LOAD_CONST":
+        # Not its text: a set may be written in any order.
+        return type(instruction.argval), instruction.argval
+    return instruction.argrepr
 
 
 @dataclass(frozen=True)
