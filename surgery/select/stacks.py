@@ -73,7 +73,7 @@ def _search(path: str, module: nn.Module) -> Iterator[Stack]:
 
 
 def _lists(path: str, module: nn.Module) -> Iterator[Stack]:
-    """Stacks made by lists, the outermost; a list of one counts if nothing inside it does."""
+    """Stacks made by lists, the outermost; a list of one counts if only such are inside it."""
     found = _list_stacks(path, module)
     covered = {layer for stack in found for layer in stack.layers}
     children = [(_join(path, name), child) for name, child in own_children(module).items()]
@@ -83,8 +83,9 @@ def _lists(path: str, module: nn.Module) -> Iterator[Stack]:
         found, covered = [], set[str]()
     yield from found
     inside = [s for at, child in children if at not in covered for s in _lists(at, child)]
-    if not found and not inside and len(children) == 1:
-        yield from _list_of_one(path, module, children[0])
+    if not found and len(children) == 1 and all(len(stack) == 1 for stack in inside):
+        one = list(_list_of_one(path, module, children[0]))
+        inside = one or inside
     yield from inside
 
 

@@ -21,6 +21,9 @@ from tests import zoo
 from tests.sweep import models as sweep
 from tests.sweep.models import Model
 
+#: Parameters above which a model of timm is given one image rather than two.
+_LARGE = 2e6
+
 
 @dataclass(frozen=True)
 class ZooModel:
@@ -59,7 +62,8 @@ class TimmModel:
             torch.manual_seed(zlib.crc32(self.name.encode()))
             made = timm.create_model(self.name, num_classes=10, **self.config)
         model = zoo.perturb(made).eval()
-        example = infer_example(model)
+        large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
+        example = infer_example(model, batch=1 if large else 2)
         if self.side is not None:
             example = example.map(lambda images: images[..., : self.side, : self.side])
         return model, example

@@ -42,7 +42,7 @@ def compare(
         loss: Runs the model.
         coefficients: Float64 leaves with ``.grad``.
         scale: The change of a coefficient over which the loss bends.
-        seed: Of the signs, and of the coefficients that are checked alone as well.
+        seed: Of the signs, and of the two coefficients that are checked alone as well.
 
     Returns:
         The largest disagreement, relative to the sum of the contributions, and what disagreed.
@@ -50,7 +50,7 @@ def compare(
     gradient = torch.cat([tensor.grad.flatten() for tensor in coefficients])
     generator = torch.Generator().manual_seed(seed)
     groups = list(gradient.abs().argsort(descending=True).split(TOGETHER))
-    alone = torch.randperm(len(gradient), generator=generator)[:3]
+    alone = torch.randperm(len(gradient), generator=generator)[:2]
     worst, wrong = 0.0, list[Mismatch]()
     for group in (*groups, *alone.split(1)):
         direction = torch.zeros_like(gradient)

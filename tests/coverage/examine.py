@@ -138,7 +138,7 @@ def lowrank_differences(subject: Subject) -> None:
     model = surgery.apply(double, lowrank_sweep.EVERYWHERE, example=example, copy=True)
     lowrank_sweep.randomise(model)
     with Widened():
-        backward(model, example)
+        loss = _differentiated(model, example)
     trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     generator = torch.Generator().manual_seed(7)
     signs = [
@@ -149,7 +149,7 @@ def lowrank_differences(subject: Subject) -> None:
     off = math.inf
     for step in _STEPS:
         with Widened():
-            found.append(_difference(model, example, trained, signs, step))
+            found.append(_difference(loss, trained, signs, step))
         off = min(off, abs(found[-1] - expected) / abs(expected))
         if off <= 0.1 * differences.TOLERANCE:
             break
@@ -159,23 +159,30 @@ def lowrank_differences(subject: Subject) -> None:
 
 
 def _difference(
-    model: nn.Module, example: Example, at: list[Tensor], along: list[Tensor], step: float
+    loss: Callable[[], float], at: list[Tensor], along: list[Tensor], step: float
 ) -> float:
     sides: list[float] = []
     with torch.no_grad():
         for move in (step, -2 * step):
             for tensor, direction in zip(at, along, strict=True):
                 tensor.add_(direction, alpha=move)
-            sides.append(_loss(model, example))
+            sides.append(loss())
         for tensor, direction in zip(at, along, strict=True):
             tensor.add_(direction, alpha=step)
     return (sides[0] - sides[1]) / (2 * step)
 
 
-def _loss(model: nn.Module, example: Example) -> float:
-    """What ``backward`` differentiates: without the outputs that a model detaches."""
-    with torch.enable_grad():
-        return float(scalar(run(model, example)).detach())
+def _differentiated(model: nn.Module, example: Example) -> Callable[[], float]:
+    """Accumulate gradients as ``backward`` does; returns what it differentiated, as a function."""
+    outputs = run(model, example)
+    live = [leaf.requires_grad for leaf in outputs]
+    scalar(outputs).backward()
+
+    def loss() -> float:
+        kept = zip(still(model, example), live, strict=True)  # a model may detach some outputs
+        return float(scalar([leaf.requires_grad_() for leaf, lives in kept if lives]).detach())
+
+    return loss
 
 
 # -- shortcuts ---------------------------------------------------------------------------------
@@ -326,8 +333,8 @@ def shortcuts_differences(subject: Subject) -> None:
     logits = coefficients(model)
     subject.findings["coefficients"] = sum(tensor.numel() for tensor in logits)
     with Widened():
-        backward(model, example)
-        worst, wrong = differences.compare(lambda: _loss(model, example), logits, TEMPERATURE)
+        loss = _differentiated(model, example)
+        worst, wrong = differences.compare(loss, logits, TEMPERATURE)
     subject.findings["differences"] = worst
     if wrong:
         first = wrong[0]

@@ -108,26 +108,25 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _watch(stock: nn.Module, example: Example, blocks: Sequence[str]) -> list[_Call]:
-    """The first call of each block."""
-    calls: dict[str, _Call] = {}
+    """The first call of each block; of one that is in there twice, the first two."""
+    calls: dict[str, list[_Call]] = {name: [] for name in blocks}
 
     def note(name: str) -> Hook:
         def hook(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            calls.setdefault(name, _Call(tensors((args, kwargs)), tensors(result)))
+            calls[name].append(_Call(tensors((args, kwargs)), tensors(result)))
 
         return hook
 
     handles = [
         stock.get_submodule(name).register_forward_hook(note(name), with_kwargs=True)
-        for name in blocks
+        for name in calls
     ]
     still(stock, example)
     for handle in handles:
         handle.remove()
-    missing = [name for name in blocks if name not in calls]
-    if missing:
-        raise Failure(f"the stock model never calls {missing[0]}")
-    return [calls[name] for name in blocks]
+    if any(len(calls[name]) < blocks.count(name) for name in blocks):
+        raise Failure(f"the stock model does not call each of {blocks}")
+    return [calls[name].pop(0) for name in blocks]
 
 
 @contextmanager
@@ -153,31 +152,29 @@ class _Mixing:
         self.states: list[dict[Place, Tensor]] = []
 
     def attach_to(self, stock: nn.Module) -> Iterator[Any]:
-        for row, name in enumerate(self.stack.blocks):
+        for name in dict.fromkeys(self.stack.blocks):
             block = stock.get_submodule(name)
-            yield block.register_forward_pre_hook(self._entering(row), with_kwargs=True)
-            yield block.register_forward_hook(self._leaving(row))
+            yield block.register_forward_pre_hook(self._entering(name), with_kwargs=True)
+            yield block.register_forward_hook(self._leave)
 
-    def _entering(self, row: int) -> Hook:
+    def _entering(self, name: str) -> Hook:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if row == 0:
+            if len(self.states) == len(self.stack.blocks):
                 self.states = []
-            if len(self.states) != row:
-                raise Failure(f"{self.stack.blocks[row]} is called out of order")
+            if self.stack.blocks[len(self.states)] != name:
+                raise Failure(f"{name} is called out of order")
             self.states.append(tensors((args, kwargs)))
 
         return hook
 
-    def _leaving(self, row: int) -> Hook:
-        def hook(_: nn.Module, __: Any, result: Any) -> Any:
-            made = tensors(result)
-            for place, part in self.ports:
-                if part not in made:  # the last block of SD3 gives the text out no more
-                    continue
-                mixed = made[part]
-                for j in range(row + 1):
-                    mixed = mixed + self.stack.weights[row, j] * self.states[j][place]
-                result = put(result, part, mixed)
-            return result
-
-        return hook
+    def _leave(self, _: nn.Module, __: Any, result: Any) -> Any:
+        row = len(self.states) - 1
+        made = tensors(result)
+        for place, part in self.ports:
+            if part not in made:  # the last block of SD3 gives the text out no more
+                continue
+            mixed = made[part]
+            for j in range(row + 1):
+                mixed = mixed + self.stack.weights[row, j] * self.states[j][place]
+            result = put(result, part, mixed)
+        return result

@@ -33,7 +33,7 @@ perturbed, and in a process of its own:
   with random coefficients they differ from the model's, and equal in float64, to 1e-10, those of
   the stock model with hooks that add Σ_j W_kj x_j to what each block returns; dL/dW equals that
   of the hooks under plain autograd in every entry; central differences agree with the gradient of
-  every coefficient (sixteen at a time, with steps that make each of them count the same; three
+  every coefficient (sixteen at a time, with steps that make each of them count the same; two
   alone); undo restores every bit, key, class and flag.
 
 `make coverage ONLY="vit swin"` examines some of them, `make coverage ALL=1` every model that timm

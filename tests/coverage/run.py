@@ -35,7 +35,12 @@ STATE = ROOT / "runs" / "coverage"
 RESULTS = ROOT / "tests" / "coverage" / "results.json"
 PAGE = ROOT / "docs" / "coverage.md"
 #: Imported once by the process that every worker is a fork of.
-_PRELOADED = ["tests.coverage.examine", "timm", "transformers", "diffusers"]
+_PRELOADED = [
+    "tests.coverage.examine",
+    "timm",
+    "transformers.modeling_utils",
+    "diffusers.models.modeling_utils",
+]
 _LIBRARIES = ("torch", "timm", "transformers", "diffusers")
 _CODE = ("surgery", "architectures", "tests/coverage", "tests/sweep", "tests/zoo.py")
 

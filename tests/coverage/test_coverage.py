@@ -98,6 +98,21 @@ def test_the_reference_leaves_the_model_as_it_was() -> None:
     assert torch.equal(still(model, Example((x,)))[0], before[0])
 
 
+def test_the_reference_knows_a_block_that_is_used_twice() -> None:
+    model = Chain()
+    model.blocks[2] = model.blocks[0]
+    x = torch.randn(2, 4, dtype=torch.float64)
+    states, state = list[Tensor](), x
+    for k, block in enumerate(model.blocks):
+        states.append(state)
+        mixed = sum((WEIGHTS[k, j] * states[j] for j in range(k + 1)), torch.zeros(()))
+        state = state @ block.weight.T + block.bias + mixed
+    stack = reference.Stack(("blocks.0", "blocks.1", "blocks.0"), WEIGHTS)
+    with reference.mixing(model, Example((x,)), [stack]):
+        found = model(x)
+    torch.testing.assert_close(found, state, rtol=1e-14, atol=1e-14)  # another order of sums
+
+
 def test_the_reference_wants_the_blocks_in_order() -> None:
     model, example = Chain(), Example((torch.randn(2, 4, dtype=torch.float64),))
     backwards = reference.Stack(BLOCKS[::-1], WEIGHTS)
@@ -127,6 +142,7 @@ def test_right_gradients_agree_with_differences() -> None:
 def test_one_wrong_gradient_among_many_is_found(index: int, factor: float) -> None:
     at = torch.linspace(-1, 1, 50, dtype=torch.float64, requires_grad=True)
     _loss_of(at).backward()
+    assert at.grad is not None
     at.grad[index] *= factor
     _, wrong = differences.compare(lambda: float(_loss_of(at.detach())), [at], 1.0)
     assert any(index in mismatch.indices for mismatch in wrong)

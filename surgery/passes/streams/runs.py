@@ -78,6 +78,8 @@ def find_runs(trace: Trace, layers: Sequence[str], model: nn.Module) -> Runs:
 
 def _first_round(trace: Trace, layers: Sequence[str], left_out: dict[str, str]) -> list[Call]:
     """The calls of the layers in the order they are made, of the first time around."""
+    if len(layers) == 1:
+        return _repeated(trace, layers[0])
     order = {path: index for index, path in enumerate(layers)}
     rounds: list[list[Call]] = []
     for call in trace.calls:
@@ -97,6 +99,17 @@ def _first_round(trace: Trace, layers: Sequence[str], left_out: dict[str, str]) 
                 else "the example's forward does not call it"
             )
     return longest
+
+
+def _repeated(trace: Trace, path: str) -> list[Call]:
+    """The calls of a block that one forward calls again and again (ALBERT); else the first one.
+
+    A history lives as long as that forward, so the calls of several forwards are not one run.
+    """
+    calls = [call for call in trace.calls if call.path == path]
+    owners = {call.owner for call in calls}
+    forwards = [call for call in trace.calls if call.path in owners]
+    return calls if len(owners) == 1 and len(forwards) <= 1 else calls[:1]
 
 
 @dataclasses.dataclass
