@@ -11,7 +11,6 @@ both projections, one after the other::
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +34,10 @@ class Cut(NamedTuple):
 
     site: int
     inside: bool
+
+    def order(self) -> int:
+        """A number that grows from each place to the next."""
+        return 2 * self.site + self.inside
 
 
 class Projection(nn.Module):
@@ -166,10 +169,10 @@ class Crossing:
 
     def _pass(self, place: Cut, like: Tensor) -> bool:
         """Bring all states past the cut at this place; False if there is none."""
-        passed = bisect.bisect_right(self._cuts, place)
+        passed = self._up_to(place)
         if passed == self._passed:
             return False
-        if self._cuts[self._passed : passed] != (place,):
+        if passed > self._passed + 1 or self._cuts[self._passed] != place:
             missed = self._cuts[self._passed].site
             raise RuntimeError(f"site {missed}, where the state changes shape, was left out")
         projection = self._projections[self._passed]
@@ -191,11 +194,15 @@ class Crossing:
 
     def _stretch(self) -> _Stretch:
         """A history that mixes at the sites between the last cut that was passed and the next."""
-        rows = tuple(
-            row if bisect.bisect_right(self._cuts, (site, True)) == self._passed else ()
+        rows = [
+            row if self._up_to(Cut(site, True)) == self._passed else ()
             for site, row in enumerate(self._support)
-        )
+        ]
         return _Stretch(self._weights, rows)
+
+    def _up_to(self, place: Cut) -> int:
+        """How many cuts there are up to a place, that place included."""
+        return len([cut for cut in self._cuts if cut.order() <= place.order()])
 
 
 class _Stretch(History):

@@ -18,15 +18,13 @@ stands outside.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import hashlib
 import inspect
 import threading
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import fx, nn
@@ -36,6 +34,7 @@ from surgery.capture.beneath import forward_beneath
 from surgery.capture.graft import Generated, graft, grafts, stock_class, ungraft
 from surgery.capture.loops import Stack, loop_mixins
 from surgery.errors import CaptureError, ModelStateError
+from surgery.passes.streams.capturing import captures, capturing
 from surgery.passes.streams.steps import begin
 from surgery.tree import named_modules
 
@@ -255,13 +254,13 @@ def plan_capture(
     container = _below(holder, driver)
     present = driven(module)
     if present is not None:
-        return Captured(driver, container, inline, present.key)
+        return Captured(driver, container, inline, drive_of(present).key)
     first = _captured(model, driver, example, inline)
     edit = Rewire((Stack(container, tuple(members)),))
     _check_calls(first, edit, module, driver)
     key = _key(first, module)
     made = driven_class(key, edit, inline, captured_methods(stock_class(module), edit, inline))
-    made.add(first, module)
+    drive_of(made).add(first, module)
     return Captured(driver, container, inline, key)
 
 
@@ -306,39 +305,47 @@ _FUNCTION = types.FunctionType
 
 # -- the classes ----------------------------------------------------------------------------------
 
-# The drivers whose stock forward is being captured: their methods are the stock ones meanwhile.
-_capturing: contextvars.ContextVar[frozenset[type]] = contextvars.ContextVar(
-    "_capturing", default=frozenset()
-)
 
-
-class Driven(Generated):
-    """Base of the mixins of captured drivers; one class for drivers of one source.
+@dataclasses.dataclass
+class Drive:
+    """What the mixin of a captured driver is made of.
 
     Attributes:
-        key: Tells this class from others, the same in every process.
-        edit: What is done to the captures.
+        key: Tells its captures from those of other drivers, the same in every process.
+        edit: What is done to them.
         inline: The modules whose forwards are part of them.
         forwards: Name of a method → what it became.
         first: A capture of the forward, unedited; None where nothing was captured beforehand.
     """
 
-    key: ClassVar[str]
-    edit: ClassVar[Rewire]
-    inline: ClassVar[tuple[str, ...]]
-    forwards: ClassVar[dict[str, Forward]]
-    first: ClassVar[Capture | None]
+    key: str
+    edit: Rewire
+    inline: tuple[str, ...]
+    forwards: dict[str, Forward]
+    first: Capture | None = None
+
+    def add(self, first: Capture, module: nn.Module) -> None:
+        """Take on an unedited capture of a driver's forward."""
+        self.first = first
+        self.forwards["forward"].add(self.edit(first, module))
+
+
+class Driven(Generated):
+    """Base of the mixins of captured drivers; one class for drivers of one source."""
+
+    # One name that no module has: what a class defines hides children of that name.
+    _surgery_drive: ClassVar[Drive]
 
     @classmethod
     def recipe(cls) -> tuple[Any, tuple[Any, ...]]:
         """What `driven_class` makes this class from."""
-        return driven_class, (cls.key, cls.edit, cls.inline, tuple(cls.forwards))
+        drive = cls._surgery_drive
+        return driven_class, (drive.key, drive.edit, drive.inline, tuple(drive.forwards))
 
-    @classmethod
-    def add(cls, first: Capture, module: nn.Module) -> None:
-        """Take on an unedited capture of a driver's forward."""
-        cls.first = first
-        cls.forwards["forward"].add(cls.edit(first, module))
+
+def drive_of(mixin: type[Driven]) -> Drive:
+    """What a mixin is made of."""
+    return mixin._surgery_drive  # pyright: ignore[reportPrivateUsage]
 
 
 def driven_class(
@@ -368,7 +375,7 @@ def _make_class(
         shared = forwards[name]
 
         def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if made in _capturing.get():
+            if made in capturing():
                 return _beneath(type(self), made, name)(self, *args, **kwargs)
             for path in inline:
                 _check_no_hooks(self, path)
@@ -378,11 +385,7 @@ def _make_class(
         return run
 
     names = {
-        "key": key,
-        "edit": edit,
-        "inline": inline,
-        "forwards": forwards,
-        "first": None,
+        "_surgery_drive": Drive(key, edit, inline, forwards),
         "__module__": __name__,
         **{name: method(name) for name in methods},
     }
@@ -401,19 +404,10 @@ def _beneath(cls: type[nn.Module], mixin: type, name: str) -> Callable[..., Any]
 def _while_capturing(made: type, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with _captures(made):
+        with captures(made):
             return function(*args, **kwargs)
 
     return traced
-
-
-@contextlib.contextmanager
-def _captures(made: type) -> Generator[None]:
-    token = _capturing.set(_capturing.get() | {made})
-    try:
-        yield
-    finally:
-        _capturing.reset(token)
 
 
 class Inlined(_Module):
@@ -421,7 +415,7 @@ class Inlined(_Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What it was while the driver is captured; an error for anyone else."""
-        if not _capturing.get():
+        if not capturing():
             raise CaptureError(
                 f"this {type(self).__name__} holds blocks whose shortcuts cross into other "
                 "modules, and was called by itself, where they would be left out",
@@ -455,11 +449,13 @@ def driving_mixin(
     inline = tuple(sorted({path for one in captured for path in one.inline}))
     key = captured[0].key
     made = driven_class(key, edit, inline, captured_methods(cls, edit, inline))
-    if made.first is None:
-        known = (each for each in list(_classes.values()) if each.key == key)
-        first = next((each.first for each in known if each.inline == inline and each.first), None)
+    drive = drive_of(made)
+    if drive.first is None:
+        others = (drive_of(other) for other in list(_classes.values()))
+        alike = (other.first for other in others if (other.key, other.inline) == (key, inline))
+        first = next((each for each in alike if each is not None), None)
         if first is not None:
-            made.add(first, driver)
+            drive.add(first, driver)
     return made
 
 
@@ -512,7 +508,7 @@ def sources(mixin: type[Driven]) -> dict[str, str]:
     """Name → generated Python of the methods that a driver's mixin was captured for so far."""
     return {
         name: "\n\n".join(variant.source for variant in forward.variants)
-        for name, forward in mixin.forwards.items()
+        for name, forward in drive_of(mixin).forwards.items()
         if forward.variants
     }
 

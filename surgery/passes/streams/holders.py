@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from surgery.capture.graft import stock_class
+from surgery.passes.streams.capturing import capturing
 from surgery.passes.streams.segment import CHILD
 from surgery.tree import children
 
@@ -35,6 +36,10 @@ class ListHolder(_Module):
         if isinstance(index, slice):
             return _part(self, index)
         return list(_blocks(self).values())[index]
+
+    def children(self) -> Iterator[nn.Module]:
+        """All children, as torch needs them; to a forward that is captured, the blocks."""
+        return iter(list(_blocks(self).values())) if capturing() else super().children()
 
     def append(self, module: nn.Module) -> Any:
         """As in torch; the new block is none of those that were rewired."""
