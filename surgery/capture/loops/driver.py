@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import types
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from surgery.capture.loops.source import names_in
 from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_of
 
 _RUNNERS = frozenset({"forward", "__call__", "_call_impl", "_wrapped_call_impl"})
+_ROUNDABOUT = frozenset({"getattr", "get_submodule", "_modules", "children", "named_children"})
 _VIEWS = frozenset({"children", "values", "__iter__"})
 _NAMED_VIEWS = frozenset({"named_children", "items"})
 _ABSENT = object()
@@ -28,11 +31,13 @@ class Driver:
         cls: The stock class.
         members: The names of the blocks in each container, by the container's path.
         aliases: Attributes of the driver that were assigned something with a block in it.
+        helpers: Methods and properties that return something with a block in it.
     """
 
     cls: type[nn.Module]
     members: dict[str, frozenset[str]]
     aliases: dict[str, Value] = field(default_factory=dict[str, Value])
+    helpers: set[str] = field(default_factory=set[str])
 
     def element(self, value: Value) -> Value:
         """What iterating over, or indexing, a value gives."""
@@ -109,13 +114,29 @@ class Driver:
         """Whether the driver itself can be looped over (`nn.Sequential`)."""
         return inspect.getattr_static(self.cls, "__iter__", _ABSENT) is not _ABSENT
 
-    @property
-    def words(self) -> frozenset[str]:
-        """Names of which a method that reaches a block mentions at least one."""
-        parts = {part for path in self.members for part in path.split(".") if part}
-        for path, members in self.members.items():
-            parts |= members if path == "" else frozenset()
-        return frozenset(parts | self.aliases.keys())
+    def mentions(self, code: types.CodeType) -> bool:
+        """Whether a method could reach a block, by the names in it.
+
+        It has to name the first step on the way to a container, an attribute or method that leads
+        to a block, or to go about it in a roundabout way.
+        """
+        if "" in self.members and self.is_iterable():
+            return True
+        names = names_in(code)
+        if not names.isdisjoint(self._first_steps | self.aliases.keys() | self.helpers):
+            return True
+        return not names.isdisjoint(_ROUNDABOUT) and not names.isdisjoint(self._later_steps)
+
+    @functools.cached_property
+    def _first_steps(self) -> frozenset[str]:
+        first = {path.partition(".")[0] for path in self.members if path}
+        return frozenset(first | self.members.get("", frozenset()) | self.members.keys())
+
+    @functools.cached_property
+    def _later_steps(self) -> frozenset[str]:
+        """Names after the first step; for blocks of the driver itself, any name will do."""
+        later = {part for path in self.members for part in path.split(".")[1:]}
+        return frozenset(later | _ROUNDABOUT if "" in self.members else later)
 
 
 def _block_attribute(value: Value, name: str) -> Value:

@@ -18,14 +18,13 @@ from surgery.capture.loops.driver import Driver
 from surgery.capture.loops.rebuild import copied, foreign, reachable, rebuild
 from surgery.capture.loops.rewrite import NotUnderstood, plan
 from surgery.capture.loops.scan import Analyst, Findings
-from surgery.capture.loops.source import NoSource, edit, names_in, source_of
+from surgery.capture.loops.source import NoSource, edit, source_of
 from surgery.capture.loops.targets import whole
-from surgery.capture.loops.values import Value
+from surgery.capture.loops.values import Value, join
 from surgery.errors import CaptureError
 
 DEFAULT_RUNTIME = "surgery.passes.streams.steps:begin"
 _KEY = "__surgery_loops__"
-_DYNAMIC = frozenset({"getattr", "get_submodule", "_modules", "children", "named_children"})
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,10 @@ class _Maker:
         self._in_full: frozenset[str] | None = None
 
     def make(self) -> Loops:
-        self._find_aliases()
-        analyst = Analyst(self.driver)
-        words = self._words(analyst)
+        analyst = self._learn()
         parts: dict[type, dict[str, Any]] = {}
         for owner, name, attribute in self._attributes():
-            new = self._rewritten(analyst, words, owner, name, attribute)
+            new = self._rewritten(analyst, owner, name, attribute)
             if new is not None:
                 parts.setdefault(self._place(owner, name), {})[name] = new
         order = [klass for klass in reversed(self.cls.__mro__) if klass in parts]
@@ -153,64 +150,49 @@ class _Maker:
             if isinstance(found, types.FunctionType):
                 yield name, found
 
-    def _find_aliases(self) -> None:
-        """Attributes that hold a block too: ``self.last = self.layers[-1]``."""
-        words = self.driver.words
-        analyst = Analyst(self.driver)
-        for _, function in self._functions():
-            for one in reachable(function):
-                findings = _scan(analyst, one) if names_in(one.__code__) & words else None
-                if findings is not None:
-                    self.driver.aliases.update(findings.aliases)
+    def _learn(self) -> Analyst:
+        """Find the attributes and helpers of the driver that lead to blocks.
 
-    def _words(self, analyst: Analyst) -> frozenset[str]:
-        """Names that a method which can reach a block mentions, helpers that give one included."""
-        words = self.driver.words
+        ``self.last = self.layers[-1]`` makes an alias, ``def head(self): return self.layers[:2]`` a
+        helper; what mentions either can reach a block as well.
+        """
         while True:
-            helpers = {
-                name
-                for name, function in self._functions()
-                if name not in words and self._gives_blocks(analyst, function, words)
-            }
-            if not helpers:
-                return words
-            words |= helpers
+            analyst = Analyst(self.driver)
+            before = self.driver.aliases.copy(), self.driver.helpers.copy()
+            for name, function in self._functions():
+                for one in reachable(function):
+                    if self.driver.mentions(one.__code__):
+                        self._learn_from(name, _scan(analyst, one))
+            if before == (self.driver.aliases, self.driver.helpers):
+                return analyst
 
-    def _gives_blocks(
-        self, analyst: Analyst, function: types.FunctionType, words: frozenset[str]
-    ) -> bool:
-        for one in reachable(function):
-            findings = _scan(analyst, one) if self._mentions(one, words) else None
-            if findings is not None and findings.returns != Value():
-                return True
-        return False
-
-    def _mentions(self, function: types.FunctionType, words: frozenset[str]) -> bool:
-        if self.driver.is_iterable() and "" in self.driver.members:
-            return True
-        names = names_in(function.__code__)
-        return not names.isdisjoint(words) or ("" in self.driver.members and bool(names & _DYNAMIC))
+    def _learn_from(self, name: str, findings: Findings | None) -> None:
+        if findings is None:
+            return
+        for attribute, value in findings.aliases.items():
+            known = self.driver.aliases.get(attribute, Value())
+            self.driver.aliases[attribute] = join(known, value)
+        if findings.returns != Value() and name not in self.driver.members.get("", ()):
+            self.driver.helpers.add(name)
 
     # What becomes of it ----------------------------------------------------------------------
 
-    def _rewritten(
-        self, analyst: Analyst, words: frozenset[str], owner: type, name: str, attribute: Any
-    ) -> Any:
+    def _rewritten(self, analyst: Analyst, owner: type, name: str, attribute: Any) -> Any:
         """What to put in place of an attribute of a class; None to leave it."""
         if name in {"__init__", "__new__"}:
             return None
         if isinstance(attribute, property):
-            return self._rewritten_property(analyst, words, owner, name, attribute)
+            return self._rewritten_property(analyst, owner, name, attribute)
         if not isinstance(attribute, types.FunctionType):
-            return self._other(words, owner, name, attribute)
+            return self._other(owner, name, attribute)
         replaced: dict[types.FunctionType, types.FunctionType] = {}
         try:
             for one in reachable(attribute):
-                if self._mentions(one, words):
+                if self.driver.mentions(one.__code__):
                     new = self._new_function(analyst, name, one)
                     replaced |= {} if new is None else {one: new}
             for held, holder in foreign(attribute):
-                if self._mentions(held, words) and self._runs(analyst, held):
+                if self.driver.mentions(held.__code__) and self._runs(analyst, held):
                     raise NotUnderstood(f"it is wrapped by a {type(holder).__qualname__}")
         except NotUnderstood as error:
             return self._stub(owner, name, attribute, str(error))
@@ -257,7 +239,6 @@ class _Maker:
     def _rewritten_property(
         self,
         analyst: Analyst,
-        words: frozenset[str],
         owner: type,
         name: str,
         attribute: property,
@@ -265,16 +246,16 @@ class _Maker:
         get = attribute.fget
         if not isinstance(get, types.FunctionType):
             return None
-        new = self._rewritten(analyst, words, owner, name, get)
+        new = self._rewritten(analyst, owner, name, get)
         return None if new is None else property(new, attribute.fset, attribute.fdel)
 
-    def _other(self, words: frozenset[str], owner: type, name: str, attribute: Any) -> Any:
+    def _other(self, owner: type, name: str, attribute: Any) -> Any:
         """An attribute that is no plain function; a callable one may hide a loop."""
         if isinstance(attribute, staticmethod | classmethod | type):
             return None  # none of these is given the driver
         held = getattr(attribute, "__wrapped__", getattr(attribute, "func", None))
         if isinstance(held, types.FunctionType):
-            if self._mentions(held, words):
+            if self.driver.mentions(held.__code__):
                 kind = type(attribute).__qualname__
                 return self._stub(owner, name, held, f"it is wrapped by a {kind}")
             return None

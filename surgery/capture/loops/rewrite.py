@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from surgery.capture.loops.scan import Findings, Run, Trouble
 from surgery.capture.loops.source import Insertion, Source, uses_name
 
-_WRAPPERS = {
-    "call": "",
-    "through": ".through",
-    "sequence": ".sequence",
-    "flat sequence": ".sequence",
-}
+_WRAPPERS = {"call": "", "through": ".through", "sequence": ".sequence", "whole": ""}
 _SCOPES = (
     ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
 )  # fmt: skip
@@ -117,9 +112,9 @@ def _steps_name(path: str, containers: Sequence[str]) -> str:
 def _wrap(source: Source, run: Run, names: dict[str, str]) -> Iterator[Insertion]:
     start = source.offset(run.callee.lineno, run.callee.col_offset)
     end = source.offset(run.callee.end_lineno or 1, run.callee.end_col_offset or 0)
-    wrapper = _WRAPPERS.get(run.kind, "")
+    wrapper = _WRAPPERS[run.kind]
     openings = [f"{names[path]}{wrapper}(" for path in sorted(run.containers)]
-    openings += [f"{names[_WHOLE]}("] if run.kind in {"flat sequence", "whole"} else []
+    openings += [f"{names[_WHOLE]}("] if run.kind == "whole" else []
     # Nested callees (`f(x)(y)`) start together: the outer one's opening goes first.
     yield Insertion(start, 100 - (end - start), "".join(openings))
     closing = ")" if run.block is None else f", {run.block})"

@@ -42,7 +42,7 @@ from surgery.capture.loops.values import (
     without_parts,
 )
 
-Kind = Literal["call", "through", "sequence", "flat sequence", "whole"]
+Kind = Literal["call", "through", "sequence", "whole"]
 _ROUNDS = 12
 _DEPTH = 4
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
@@ -53,8 +53,8 @@ class Run:
     """A call that runs a block.
 
     Attributes:
-        kind: How: the block is called; a function is given it; a function is given several, which
-            it may take apart; or it is given modules that hold several each.
+        kind: How: the block is called; a function is given it; a function is given several; or a
+            function is given modules that hold several each.
         call: The call; its callee is what is to be wrapped.
         containers: The containers the block may be of.
         block: Python for the block, where the function is given something made around it.
@@ -573,6 +573,8 @@ class Scan:
         function = python_function(method)
         if function is None or function.__code__ is self.source.code:
             return NOTHING
+        if not self.driver.mentions(function.__code__):
+            return NOTHING
         known = self.analyst.given(function, {0: Value(paths=frozenset({""}))})
         # What a helper makes of a block (an object it builds around one) is its own affair.
         return NOTHING if known is None else without_parts(known.returns)
@@ -825,7 +827,9 @@ class Scan:
         if first.blocks and not first.paths:
             return self._run("through", node, first.blocks)
         if element.blocks and not element.paths:
-            return self._run("sequence" if plain else "flat sequence", node, element.blocks)
+            if plain:
+                return self._run("sequence", node, element.blocks)
+            return self._may_run("the blocks are taken apart and run in sequence", node, first)
         if element.paths and not element.blocks:
             return self._run("whole", node, frozenset())
         return self._may_run("stacks of several kinds are run in sequence", node, first)

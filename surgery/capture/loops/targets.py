@@ -38,6 +38,7 @@ def whole(function: Callable[..., Any]) -> Callable[..., Any]:
         function: Takes the modules first.
     """
 
+    @functools.wraps(function)
     def run(modules: Iterable[nn.Module], *args: Any, **kwargs: Any) -> Any:
         return function([_Whole(module) for module in modules], *args, **kwargs)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from architectures.shortcuts import History
 from architectures.shortcuts.project import Crossing
 from surgery.capture import RELAY, private
+from surgery.capture.loops import block_of
 from surgery.errors import ModelStateError
 from surgery.passes.streams import recorder
 from surgery.passes.streams.ports import Stream
@@ -50,8 +51,8 @@ class Steps:
         segments = [] if found is None else found.segments()
         self._runs = [_Run(segment, holder) for segment in segments]
 
-    def __call__(self, layer: nn.Module) -> Callable[..., Any]:
-        """What to call instead of ``layer``."""
+    def __call__(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call instead of ``layer``, which may be its bound ``forward`` as well."""
         run = self._run_of(layer)
         if run is None:
             return layer
@@ -75,15 +76,27 @@ class Steps:
         function = functools.partial(_recomputed, options)
         return self.through(function)(layer, *args, **kwargs)
 
-    def through(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What to call instead of ``function(layer, ...)``, which calls the layer."""
-        return functools.partial(self._through, function)
+    def through(
+        self, function: Callable[..., Any], block: nn.Module | None = None
+    ) -> Callable[..., Any]:
+        """What to call instead of ``function(layer, ...)``, which calls the layer.
+
+        Args:
+            function: Takes the layer, or something made around it, and the layer's arguments.
+            block: The layer, where that cannot be told from what ``function`` is given.
+        """
+        return functools.partial(self._through, function, block)
 
     def _through(
-        self, function: Callable[..., Any], layer: Any, /, *args: Any, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        block: nn.Module | None,
+        layer: Any,
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        # A bound method of a layer (its __call__) stands for the layer.
-        run = self._run_of(layer if isinstance(layer, nn.Module) else layer.__self__)
+        run = self._run_of(layer if block is None else block)
         if run is None:
             return function(layer, *args, **kwargs)
         return run.step(function, 1, layer, *args, **kwargs)
@@ -92,9 +105,10 @@ class Steps:
         """What to call instead of ``function(layers, x, ...)``, which checkpoints a sequence."""
         return functools.partial(_sequence, function, self)
 
-    def _run_of(self, layer: nn.Module) -> _Run | None:
+    def _run_of(self, target: Any) -> _Run | None:
+        layer = block_of(target)
         for run in self._runs:
-            if run.takes(layer):
+            if layer is not None and run.takes(layer):
                 return run
         return None
 
@@ -245,13 +259,35 @@ def _one_by_one(
 
 
 def _checkpoint_seq(
-    function: Callable[..., Any], options: dict[str, Any], layer: nn.Module, state: Any
+    function: Callable[..., Any],
+    options: dict[str, Any],
+    layer: nn.Module,
+    state: Any,
+    *states: Any,
 ) -> Any:
-    return function([layer], state, **options)
+    if not states:
+        return function([layer], state, **options)
+    # The helper hands on one tensor, but a re-entrant checkpoint must be given every state.
+    reentrant = _is_reentrant(function, options)
+    return private.CHECKPOINT(layer, state, *states, use_reentrant=reentrant)
 
 
-def _checkpoint(options: dict[str, Any], layer: nn.Module, state: Any) -> Any:
-    return private.CHECKPOINT(layer, state, **options)
+def _is_reentrant(function: Callable[..., Any], options: dict[str, Any]) -> bool:
+    """Whether a helper checkpoints re-entrantly, which runs its functions without gradients."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    recorded: list[bool] = []
+
+    def observe(state: Any) -> Any:
+        recorded.append(torch.is_grad_enabled())
+        return state
+
+    function([observe], torch.zeros(1, requires_grad=True), **options)
+    return not recorded[0]
+
+
+def _checkpoint(options: dict[str, Any], layer: nn.Module, *states: Any) -> Any:
+    return private.CHECKPOINT(layer, *states, **options)
 
 
 _NOTHING = torch.empty(0)
