@@ -78,8 +78,8 @@ def find_runs(trace: Trace, layers: Sequence[str], model: nn.Module) -> Runs:
 
 def _first_round(trace: Trace, layers: Sequence[str], left_out: dict[str, str]) -> list[Call]:
     """The calls of the layers in the order they are made, of the first time around."""
-    if len(layers) == 1:
-        return _repeated(trace, layers[0])
+    if len(layers) == 1 and (again := _repeated(trace, layers[0])):
+        return again
     order = {path: index for index, path in enumerate(layers)}
     rounds: list[list[Call]] = []
     for call in trace.calls:

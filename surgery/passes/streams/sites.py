@@ -106,8 +106,9 @@ def graft_blocks(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
     """Give the blocks their generated forwards; none of them if one cannot have it."""
     for plan in plans:
         check_graftable(model.get_submodule(plan.path), plan.path)
-    for plan in plans:
-        graft(model.get_submodule(plan.path), plan.mixin())
+    once = {plan.path: plan for plan in plans}  # a block may be called more often (ALBERT)
+    for path, plan in once.items():
+        graft(model.get_submodule(path), plan.mixin())
 
 
 def ungraft_blocks(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
