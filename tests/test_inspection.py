@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.table import render
 from tests import zoo
 
 
@@ -67,7 +68,7 @@ def test_a_model_that_cannot_be_traced_is_listed_with_the_reason():
     found = surgery.inspect(Opaque(), example=torch.ones(2, 4))
     assert found.untraced is not None
     assert [site.layer for site in found.sites if site.type == "Linear"] == [0, 1, 2]
-    assert "no roles: " in str(found)
+    assert "no roles and residuals: " in str(found)
 
 
 def test_a_model_without_an_example_is_listed_with_the_reason():
@@ -93,3 +94,65 @@ def test_the_table_shows_runs_and_the_data_shows_all():
     data = json.loads(json.dumps(found.to_dict()))
     assert [site["path"] for site in data["sites"]] == [site.path for site in found.sites]
     assert data["untraced"] is None
+
+
+def test_residuals_are_listed_with_their_place():
+    model, example = zoo.build("bert")
+    found = surgery.inspect(model, example=example)
+    first, second = found.residuals[2:4]
+    assert (first.stack, first.layer) == (second.stack, second.layer) == ("encoder.layer", 1)
+    assert first.owner == "encoder.layer.1.attention.output"
+    assert first.block == "encoder.layer.1.attention"
+    assert second.owner == "encoder.layer.1.output"
+    assert first.kind == second.kind == "identity"
+    assert first.shape == (2, 12, 32)
+    assert first.where.rpartition(":")[0].endswith("modeling_bert.py")
+    assert {residual.run for residual in found.residuals} == {0}
+
+
+def test_like_residuals_are_one_row():
+    model, example = zoo.build("bert")
+    found = surgery.inspect(model, example=example)
+    table = render(found.view(), width=100)
+    assert "encoder.layer  {0..2}.attention > output" in table
+    assert "6 residual additions; runs of one shape: 6 at 2x12x32" in table
+    rows = [line for line in table.splitlines() if "identity" in line]
+    assert len(rows) == 2
+    listed = render(found.view(full=True), width=100)
+    assert sum("identity" in line for line in listed.splitlines()) == 6
+    assert all(len(line) <= 100 for line in table.splitlines())
+
+
+def test_runs_are_cut_where_the_state_changes_shape():
+    model, example = zoo.build("timm_resnet")
+    found = surgery.inspect(model, example=example)
+    assert [residual.run for residual in found.residuals] == [0, 0, 1, 1, 2, 3]
+    kinds = [residual.kind for residual in found.residuals]
+    assert kinds == ["projection", "identity", "projection", "identity", "projection", "projection"]
+
+
+def test_additions_that_came_close_are_given_with_the_reason():
+    model, example = zoo.build("gpt2")
+    found = surgery.inspect(model, example=example)
+    assert {addition.owner for addition in found.additions} == {
+        f"transformer.h.{layer}.mlp.act" for layer in range(3)
+    }
+    assert "no weight layer" in found.additions[0].reason
+    assert "3 other additions that came close" in str(found)
+    assert "not residual: transformer.h.{0..2}.mlp.act, activations.py:" in render(
+        found.view(full=True)
+    )
+
+
+def test_a_model_without_residuals_says_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    found = surgery.inspect(model, example=torch.ones(2, 4))
+    assert found.residuals == found.additions == ()
+    assert "no residual additions" in str(found)
+
+
+def test_residuals_are_data():
+    model, example = zoo.build("timm_resnet")
+    data = json.loads(json.dumps(surgery.inspect(model, example=example).to_dict()))
+    assert [each["kind"] for each in data["residuals"]][:2] == ["projection", "identity"]
+    assert data["residuals"][1]["branches"] == ["layer1_1_bn3"]

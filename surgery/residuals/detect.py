@@ -283,8 +283,8 @@ class _Search:
             entry=node,
             shortcut=shortcut,
             source=source,
-            branches=tuple(self._parallel(branch, source)),
-            kind=step.kind,
+            branches=tuple(self._parallel(branch, source, owner)),
+            kind=self._kind(node, shortcut, step),
             shape=tuple(found.shape),
             dtype=found.dtype,
             owner=owner,
@@ -293,6 +293,13 @@ class _Search:
             in_place=bool(node.meta.get("mutates")),
         )
         return _Candidate(residual, region)
+
+    def _kind(self, node: fx.Node, shortcut: fx.Node, step: _Step) -> Kind:
+        """With ``torch.add(x, y, alpha=...)`` in mind, which scales ``y``."""
+        alpha = node.kwargs.get("alpha", 1)
+        scales = alpha != 1 and self.flow.terms(node)[1] is shortcut
+        kinds: tuple[Kind, ...] = (step.kind, "scaled") if scales else (step.kind,)
+        return max(kinds, key=_STRENGTH.index)
 
     def _between(self, source: fx.Node, branch: fx.Node) -> set[fx.Node]:
         """The tensors by way of which ``branch`` is computed from ``source``."""
@@ -341,17 +348,17 @@ class _Search:
             return len(flow.live_reads(node)) == 1
         return flow.effect[node] in _LINEAR
 
-    def _parallel(self, branch: fx.Node, source: fx.Node) -> Iterator[fx.Node]:
+    def _parallel(self, branch: fx.Node, source: fx.Node, owner: str) -> Iterator[fx.Node]:
         """The branches that were added up to one, if each is computed from the source."""
         plain = branch
         while self.flow.effect[plain] in (Effect.DROP, Effect.CAST) and self._is_only_read(plain):
             plain = self.flow.reads[plain][0]
         terms = self.flow.terms(plain) if plain not in self.found else ()
-        same = len(terms) == 2 and plain.meta.get("owner") == branch.meta.get("owner")
+        same = len(terms) == 2 and _place(plain)[0] == owner
         if same and all(self._leads_to(source, each) for each in terms):
             self.refused.pop(plain, None)
             for each in terms:
-                yield from self._parallel(each, source)
+                yield from self._parallel(each, source, owner)
         else:
             yield branch
 
@@ -377,7 +384,7 @@ class _Search:
             replace(
                 known,
                 node=node,
-                branches=(*known.branches, *self._parallel(more, known.source)),
+                branches=(*known.branches, *self._parallel(more, known.source, owner)),
                 owner=owner,
                 where=where,
                 block=region.path,

@@ -94,8 +94,9 @@ _EFFECTS = _table(
             grouped_mm_fallback einsum
         """,
         Effect.MIX: """
-            scaled_dot_product_attention flash_attn_func flex_attention fft fft2 fftn rfft rfft2
-            rfftn ifft ifft2 ifftn irfft irfft2 irfftn cumsum
+            scaled_dot_product_attention flash_attn_func flex_attention fft_fft fft_fft2
+            fft_fftn fft_rfft fft_rfft2 fft_rfftn fft_ifft fft_ifft2 fft_ifftn fft_irfft
+            fft_irfft2 fft_irfftn fft_hfft fft_ihfft cumsum
         """,
         Effect.LOOKUP: "embedding embedding_bag",
         Effect.JOIN: "cat concat concatenate stack hstack vstack dstack column_stack",
@@ -146,7 +147,7 @@ def module_effect(module: nn.Module) -> Effect:
         return Effect.LOOKUP
     if isinstance(module, _POOLS):
         return Effect.POOL
-    if isinstance(module, nn.PReLU):
+    if isinstance(module, nn.PReLU) or _is_activation(module):
         return Effect.ACTIVATION
     if weight_layers(module):
         return Effect.WEIGHT
@@ -155,6 +156,11 @@ def module_effect(module: nn.Module) -> Effect:
         return _strongest(inner)
     # Scales and written normalisations hold vectors; of what holds nothing, nothing is known.
     return Effect.NORM if any(True for _ in module.parameters()) else Effect.OTHER
+
+
+def _is_activation(module: nn.Module) -> bool:
+    of_torch = type(module).__module__ == nn.modules.activation.__name__
+    return of_torch and not any(True for _ in module.parameters())
 
 
 def _strongest(effects: set[Effect]) -> Effect:
