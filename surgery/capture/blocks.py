@@ -59,9 +59,9 @@ class _Job:
         self._found: dict[str, Capture | CaptureError] = {}
 
     def run(self, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the whole model, its blocks as leaves."""
+        """Run the whole model."""
         clones = Clones(self._model, keep_caches=options.keep_caches)
-        tracer = Tracer(clones, self._is_leaf, options, watch=self._watched)
+        tracer = Tracer(clones, is_atomic, options, watch=self._called)
         given, named = placeholders(tracer, self._model, args, kwargs)
         try:
             with tracer.recording():
@@ -80,20 +80,9 @@ class _Job:
             raise CaptureError(f"{path}: {found.message}", hint=found.hint) from found
         return found
 
-    def _is_leaf(self, path: str, module: nn.Module) -> bool:
-        return path in self._paths or is_atomic(path, module)
-
-    def _watched(self, path: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """What to run as the leaf at ``path``: a block is captured before its first run."""
-        if path not in self._paths:
-            return run
-
-        def captured(*args: Any, **kwargs: Any) -> Any:
-            if path not in self._found:
-                self._found[path] = self._capture(path, args, kwargs)
-            return run(*args, **kwargs)
-
-        return captured
+    def _called(self, path: str, given: Callable[[], Any]) -> None:
+        if path in self._paths and path not in self._found:
+            self._found[path] = self._capture(path, *given())
 
     def _capture(
         self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -106,13 +106,7 @@ class Evaluator:
             return known[argument].value if isinstance(argument, fx.Node) else argument
 
         if node.op in ("get_attr", "placeholder"):
-            value = self._fetch(node)
-            if not isinstance(value, torch.Tensor):
-                return Answer(value, False)
-            if not private.is_real(value):
-                # Ones are a mask that keeps everything, and a valid index nearly everywhere.
-                return Answer(torch.ones(value.shape, dtype=value.dtype), True)
-            return Answer(value.detach().clone(), False)
+            return _given(self._fetch(node))
         args, kwargs = map_structure((node.args, node.kwargs), filled)
         if not real:
             args, kwargs = map_structure((args, kwargs), _off_meta)
@@ -121,9 +115,28 @@ class Evaluator:
             module, original = self._module(cast(str, node.target))
             return Answer(_call_module(module, original, args, kwargs), assumed)
         if node.op == "call_method":
-            return Answer(getattr(args[0], cast(str, node.target))(*args[1:], **kwargs), assumed)
-        function = cast(Callable[..., Any], node.target)
-        return Answer(function(*args, **kwargs), assumed)
+            made = getattr(args[0], cast(str, node.target))(*args[1:], **kwargs)
+        else:
+            made = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        # What an object (a cache) holds may have no contents either.
+        solid = _given(made) if node.meta.get("val") is None else Answer(made, False)
+        return Answer(solid.value, assumed or solid.assumed)
+
+
+def _given(value: Any) -> Answer:
+    """A value from outside; tensors without contents are made up."""
+    made_up: list[torch.Tensor] = []
+
+    def solid(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if private.is_real(leaf):
+            return leaf.detach().clone()
+        # Ones are a mask that keeps everything, and a valid index nearly everywhere.
+        made_up.append(leaf)
+        return torch.ones(leaf.shape, dtype=leaf.dtype)
+
+    return Answer(map_structure(value, solid), bool(made_up))
 
 
 def _call_module(module: nn.Module, original: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -42,6 +42,7 @@ from surgery.capture.structure import (
     tensors,
 )
 from surgery.capture.values import (
+    DETACHED,
     SYMBOLS,
     Symbol,
     TensorProxy,
@@ -87,7 +88,8 @@ class Tracer:
         options: See `Options`.
         fake: The mode that the inputs belong to, when they are fake already.
         past: What a call that is under way has done to its objects already.
-        watch: Gives what to run as the leaf at a path, in place of the function it is given.
+        watch: Told the path of every module that is called, and handed a function that gives
+            what it is called with, as fake tensors.
     """
 
     def __init__(
@@ -98,11 +100,11 @@ class Tracer:
         *,
         fake: private.FakeTensorMode | None = None,
         past: Past | None = None,
-        watch: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None,
+        watch: Callable[[str, Callable[[], Any]], None] | None = None,
     ) -> None:
         self.options = options
         self._past = past or Past(frozenset(), {})
-        self._watch = watch or _unwatched
+        self._watch = watch
         self.open = True
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
@@ -160,10 +162,14 @@ class Tracer:
         """Torch calls made inside are recorded."""
         self._checkpoints = Checkpoints()
         outer, _ACTIVE.tracer = getattr(_ACTIVE, "tracer", None), self
+        # Autocast would keep the fake casts of this trace for the calls that follow it.
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
             with torch.enable_grad(), private.with_torch_function(), _Recorder(self):
                 yield
         finally:
+            torch.set_autocast_cache_enabled(caching)
             _ACTIVE.tracer = outer
             self.open = False
             self._checkpoints.forget()
@@ -214,6 +220,9 @@ class Tracer:
         if self._paused:
             return run(*args, **kwargs)
         path, where = self._clones.path[id(module)], user_line()
+        if self._watch is not None:
+            with self._pause():
+                self._watch(path, functools.partial(self._detached, (args, kwargs)))
         if self._is_leaf(path, module):
             result = self._record_module(path, module, run, args, kwargs)
         else:
@@ -234,8 +243,7 @@ class Tracer:
     ) -> Any:
         with self._pause():
             node = self._node("call_module", path, args, kwargs)
-            run = self._watch(path, self._watching(path, run, (args, kwargs)))
-            result = self._run_fake(node, run, args, kwargs)
+            result = self._run_fake(node, self._watching(path, run, (args, kwargs)), args, kwargs)
             requires_grad = _needs_grad((args, kwargs, list(module.parameters())))
             known = type(module).__module__.startswith("torch.nn.") and not _has_children(module)
             return self._wrap(node, result, requires_grad, opaque=not known)
@@ -490,7 +498,8 @@ class Tracer:
 
     def _fetch(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return copy.deepcopy(self._examples[node.name])
+            with private.with_torch_function(), _SharedTensors(fake_only=True):
+                return copy.deepcopy(self._examples[node.name])
         target = cast(str, node.target)
         if target in self.constants:
             return self.constants[target]
@@ -611,11 +620,11 @@ class Tracer:
     def _item(self, node: fx.Node, key: Any) -> fx.Node:
         return self._call(operator.getitem, (node, key), None)
 
-    def copy_object(self, value: Any) -> Any:
+    def copy_object(self, value: Any, memo: dict[Any, Any] | None = None) -> Any:
         """A copy of an object among the inputs, for the forward to change."""
         try:
             with private.with_torch_function(), _SharedTensors():
-                return copy.deepcopy(value)
+                return copy.deepcopy(value, memo)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             kind = type(value).__name__
             raise self.error(f"an input of class {kind} cannot be copied: {error}") from error
@@ -722,6 +731,15 @@ class Tracer:
             return shadow_of(value)
         # A real tensor would be written to for real, fake mode or not.
         return self._to_fake(value) if isinstance(value, torch.Tensor) else value
+
+    def _detached(self, value: Any) -> Any:
+        """``value`` as it is outside of the trace: its objects are copies with fake tensors."""
+
+        def leaf(item: Any) -> Any:
+            known = is_static(item) or isinstance(item, (torch.Tensor, nn.Module))
+            return item if known else self.copy_object(item, {DETACHED: True})
+
+        return map_structure(self.unwrap(value), leaf)
 
     def _run_fake(
         self,
@@ -882,10 +900,6 @@ class _Calls:
         return self._tracer.call_module(self._module, run, args, kwargs)
 
 
-def _unwatched(path: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    return run
-
-
 def _run_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return private.call_inner(module, args, kwargs)
 
@@ -914,7 +928,14 @@ _ACTIVE = threading.local()
 
 
 class _SharedTensors(TorchFunctionMode):
-    """Inside, copies of objects hold the same tensors: a trace never writes to a real one."""
+    """Inside, copies of objects hold the same tensors: a trace never writes to a real one.
+
+    ``fake_only``: only those without contents, which cannot be copied.
+    """
+
+    def __init__(self, *, fake_only: bool = False) -> None:
+        super().__init__()
+        self._fake_only = fake_only
 
     def __torch_function__(
         self,
@@ -923,7 +944,12 @@ class _SharedTensors(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return args[0] if func is private.COPY_TENSOR else func(*args, **(kwargs or {}))
+        if func is not private.COPY_TENSOR:
+            return func(*args, **(kwargs or {}))
+        if not self._fake_only or isinstance(args[0], private.FakeTensor):
+            return args[0]
+        with private.without_torch_function():
+            return func(*args, **(kwargs or {}))
 
 
 @functools.cache

@@ -51,6 +51,10 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
+# In the memo of a deepcopy: what belongs to the trace is copied as what stands behind it.
+DETACHED = "surgery: detached"
+
+
 class TensorProxy(torch.Tensor):
     """A tensor of a trace: ``node`` computes it, ``fake`` has its shape, dtype and device."""
 
@@ -74,8 +78,8 @@ class TensorProxy(torch.Tensor):
         proxies = [tensor for tensor in tensors((args, kwargs)) if isinstance(tensor, TensorProxy)]
         return proxies[0].tracer.escaped(func, args, kwargs or {})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorProxy:
-        return self
+    def __deepcopy__(self, memo: dict[Any, Any]) -> torch.Tensor:
+        return self.fake if DETACHED in memo else self
 
 
 def make_proxy(
@@ -184,8 +188,8 @@ class Symbol:
     def __complex__(self) -> complex:
         return complex(self.demand("float"))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Symbol:
-        return self
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        return self.value if DETACHED in memo else self
 
     def __copy__(self) -> Symbol:
         return self

@@ -76,7 +76,7 @@ class BlockEdit:
                 f"plan has them in {_listed(self.owners)}",
                 hint="plan the rewrite with an example that calls the block as it is called now",
             )
-        return _Rewiring(self, made, found).done(module)
+        return _Rewiring(self, made, found, module).done()
 
 
 def plan_block(made: Capture, module: nn.Module, *, mode: Mode, scaled: bool = False) -> BlockEdit:
@@ -121,7 +121,7 @@ def _streams(found: Sequence[Residual]) -> list[int]:
     starts: dict[fx.Node, int] = {}
     for residual in found:
         before = residual.follows
-        if before is None or before not in stream_of:
+        if before is None or before not in stream_of or not residual.continues:
             stream = starts.setdefault(residual.source, len(starts))
         else:
             stream = stream_of[before]
@@ -153,8 +153,8 @@ def add_states(
         states: Of the sites in earlier blocks.
         own: Of the sites in this block so far.
     """
-    row = coefficients[site, : len(states) + len(own)]
-    return weighted_sum(total, row, (*states, *own)).to(total.dtype)
+    row, used = _used(total, coefficients, site, states, own)
+    return weighted_sum(total, row, used).to(total.dtype)
 
 
 def replace_shortcut(
@@ -168,28 +168,41 @@ def replace_shortcut(
 
     The dtype is that of ``branch + shortcut``; see `add_states`.
     """
-    row = coefficients[site, : len(states) + len(own)]
-    dtype = torch.result_type(branch, own[-1])
-    return weighted_sum(branch, row, (*states, *own)).to(dtype)
+    row, used = _used(branch, coefficients, site, states, own)
+    return weighted_sum(branch, row, used).to(torch.result_type(branch, own[-1]))
 
 
 def mixture(
     coefficients: Tensor, site: int, states: Sequence[Tensor], own: Sequence[Tensor]
 ) -> Tensor:
     """``sum_j coefficients[site, j] state_j`` instead of the shortcut, which ``own`` ends with."""
-    row = coefficients[site, : len(states) + len(own)]
     shortcut = own[-1]
-    return weighted_sum(torch.zeros_like(shortcut), row, (*states, *own)).to(shortcut.dtype)
+    row, used = _used(shortcut, coefficients, site, states, own)
+    return weighted_sum(torch.zeros_like(shortcut), row, used).to(shortcut.dtype)
 
 
 def scaled(
     total: Tensor, coefficients: Tensor, site: int, states: Sequence[Tensor], own: Sequence[Tensor]
 ) -> Tensor:
     """``coefficients[site, -1] total + sum_j coefficients[site, j] state_j``."""
-    row = coefficients[site, : len(states) + len(own)]
+    row, used = _used(total, coefficients, site, states, own)
     weight = coefficients[site, -1:] - 1  # what is missing to the weight that a base has
-    mixed = weighted_sum(total, torch.cat([weight, row]), (total, *states, *own))
-    return mixed.to(total.dtype)
+    return weighted_sum(total, torch.cat([weight, row]), (total, *used)).to(total.dtype)
+
+
+def _used(
+    like: Tensor,
+    coefficients: Tensor,
+    site: int,
+    states: Sequence[Tensor],
+    own: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """The coefficients of a site and what they belong to, in the shape of its sum.
+
+    A block may flatten its state between two sites.
+    """
+    used = [state.reshape(like.shape) for state in (*states, *own)]
+    return coefficients[site, : len(used)], used
 
 
 def states_of(
@@ -214,8 +227,11 @@ def states_of(
 class _Rewiring:
     """One edit of one graph, under way."""
 
-    def __init__(self, edit: BlockEdit, made: Capture, found: Sequence[Residual]) -> None:
+    def __init__(
+        self, edit: BlockEdit, made: Capture, found: Sequence[Residual], root: nn.Module
+    ) -> None:
         self._edit = edit
+        self._root = root
         self._made = made
         self._graph = copy.deepcopy(made.graph)
         self._nodes = {node.name: node for node in self._graph.nodes}
@@ -228,14 +244,14 @@ class _Rewiring:
         self._own: list[list[fx.Node]] = [[] for _ in range(self._count)]
         self._new: list[fx.Node] = []
 
-    def done(self, module: nn.Module) -> Capture:
+    def done(self) -> Capture:
         """The rewired capture."""
         extra = self._add_inputs()
         for residual, stream in self._sites:
             self._rewire(residual, stream)
         output = self._graph.output_node()
         output.args = ((output.args[0], *self._new),)
-        return self._made.rewritten(self._graph, module, extra)
+        return self._made.rewritten(self._graph, self._root, extra)
 
     def _add_inputs(self) -> tuple[str, ...]:
         names = [
@@ -287,9 +303,9 @@ class _Rewiring:
     def _kept(self, entry: fx.Node, shortcut: fx.Node) -> tuple[fx.Node, fx.Node]:
         """The addition, and the shortcut as a state that nothing changes any more."""
         onto_shortcut = entry.meta.get("mutates") and entry.args[0] is shortcut
-        if onto_shortcut and not read_later(shortcut, entry):
+        if onto_shortcut and not read_later(shortcut, entry, self._root):
             entry = self._out_of_place(entry)
-        if not written_later(shortcut, entry):
+        if not written_later(shortcut, entry, self._root):
             return entry, shortcut
         with self._graph.inserting_before(entry):
             state = self._graph.call_method("clone", (shortcut,))
@@ -298,12 +314,17 @@ class _Rewiring:
 
     def _out_of_place(self, entry: fx.Node) -> fx.Node:
         """``x.add_(y)``, whose target nobody reads again, as ``x + y``."""
+        made = self._beside(entry, entry.args)
+        self._graph.erase_node(entry)
+        return made
+
+    def _beside(self, entry: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        """An addition out of place, of which everything takes the sum that took it of ``entry``."""
         plain: Callable[..., Any] = torch.add if entry.kwargs else operator.add
         with self._graph.inserting_before(entry):
-            made = self._graph.call_function(plain, entry.args, entry.kwargs)
+            made = self._graph.call_function(plain, args, entry.kwargs)
         made.meta.update({key: value for key, value in entry.meta.items() if key not in _WRITING})
         entry.replace_all_uses_with(made)
-        self._graph.erase_node(entry)
         return made
 
     def _is_plain_sum(self, entry: fx.Node, shortcut: fx.Node) -> bool:
@@ -312,8 +333,11 @@ class _Rewiring:
         if not binary or len(entry.all_input_nodes) != 2:
             return False
         branch = next(node for node in entry.all_input_nodes if node is not shortcut)
-        same = entry.meta["val"].shape == branch.meta["val"].shape
-        return same and not (entry.meta.get("mutates") and read_later(branch, entry))
+        if entry.meta["val"].shape != branch.meta["val"].shape:
+            return False
+        if not entry.meta.get("mutates"):
+            return True
+        return entry.args[0] is branch and not read_later(branch, entry, self._root)
 
     def _replace(self, entry: fx.Node, shortcut: fx.Node, mixing: tuple[Any, ...]) -> None:
         branch = next(node for node in entry.all_input_nodes if node is not shortcut)
@@ -333,7 +357,11 @@ class _Rewiring:
         with self._graph.inserting_before(entry):
             mixed = self._graph.call_function(mixture, mixing)
         mixed.meta.update(self._meta, val=shortcut.meta["val"])
-        entry.replace_input_with(shortcut, mixed)
+        if entry.meta.get("mutates") and entry.args[0] is shortcut:
+            # Others see what the original writes there; the sum is made beside it.
+            self._beside(entry, (mixed, *entry.args[1:]))
+        else:
+            entry.replace_input_with(shortcut, mixed)
 
     def _put(self, node: fx.Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Let everything that used ``node`` use ``function(*args)``."""
