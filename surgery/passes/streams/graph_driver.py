@@ -33,10 +33,12 @@ from surgery.capture import Call, Capture, Forward, Trace, capture, capture_bloc
 from surgery.capture.beneath import forward_beneath
 from surgery.capture.graft import Generated, graft, grafts, stock_class, ungraft
 from surgery.capture.loops import Stack, loop_mixins
+from surgery.capture.loops.mixins import LoopMixinType
 from surgery.errors import CaptureError, ModelStateError
 from surgery.passes.streams.capturing import captures, capturing
+from surgery.passes.streams.segment import CHILD
 from surgery.passes.streams.steps import begin
-from surgery.tree import named_modules
+from surgery.tree import children, named_modules
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -252,16 +254,36 @@ def plan_capture(
     """
     module = model.get_submodule(driver)
     container = _below(holder, driver)
-    present = driven(module)
-    if present is not None:
-        return Captured(driver, container, inline, drive_of(present).key)
-    first = _captured(model, driver, example, inline)
+    first = _captured(_as_written(model, driver), driver, example, inline)
     edit = Rewire((Stack(container, tuple(members)),))
     _check_calls(first, edit, module, driver)
     key = _key(first, module)
     made = driven_class(key, edit, inline, captured_methods(stock_class(module), edit, inline))
     drive_of(made).add(first, module)
     return Captured(driver, container, inline, key)
+
+
+def _as_written(model: nn.Module, path: str) -> nn.Module:
+    """The model with the module at ``path`` as it was before the code of its class was rewritten.
+
+    Only the modules on the way are new objects; all others, and all tensors, are the model's own.
+    """
+    name, _, rest = path.partition(".")
+    made = object.__new__(type(model))
+    made.__dict__.update(model.__dict__)
+    if name:
+        inner = _as_written(children(model)[name], rest)
+        made.__dict__["_modules"] = {**model.__dict__["_modules"], name: inner}
+        return made
+    made.__class__ = stock_class(model)
+    for mixin in reversed(grafts(model)):
+        if not _rewrites(mixin):
+            graft(made, mixin)
+    return made
+
+
+def _rewrites(mixin: type) -> bool:
+    return isinstance(mixin, LoopMixinType) or issubclass(mixin, (Driven, Inlined))
 
 
 def _captured(
@@ -491,6 +513,8 @@ def _key(first: Capture, driver: nn.Module) -> str:
         described = getattr(value, "__qualname__", None) or f"{id(value):x}"
         digest.update(f"\n{name} {getattr(value, '__module__', '')} {described}".encode())
     for path, module in named_modules(driver):
+        if CHILD in path.split("."):
+            continue
         kind = stock_class(module)
         slots: dict[str, Any] = {**module._parameters, **module._modules}  # pyright: ignore[reportPrivateUsage]
         empty = ",".join(name for name, held in slots.items() if held is None)
