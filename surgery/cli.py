@@ -130,7 +130,7 @@ AdapterOnly = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
-Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like sites.")]
+Full = Annotated[bool, typer.Option("--full", help="One row per site, not per run of like ones.")]
 Code = Annotated[bool, typer.Option("--code", help="Show the Python that is rewritten.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
@@ -175,7 +175,7 @@ def inspect_model(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a rule could name: sites with their types, roles, shapes and stacks."""
+    """Show what a rule could name: sites with types, roles and stacks; and residual additions."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
         with current.running():
             loaded = load(model, config, pretrained=pretrained, device=device, dtype=dtype)
