@@ -41,22 +41,29 @@ RELAY = Relay.MARKER
 class Rewired(Generated):
     """Base of the generated mixins; one class for all modules of one source.
 
+    What a class defines hides children of that name, so these are names that no module has.
+
     Attributes:
-        shared: The forward, with the variants of all modules that carry the class.
-        key: What tells this class from others, the same in every process.
-        edit: What was done to the captures; hashable and picklable.
-        inline: The children whose forwards are part of it.
+        surgery_shared: The forward, with the variants of all modules that carry the class.
+        surgery_key: What tells this class from others, the same in every process.
+        surgery_edit: What was done to the captures; hashable and picklable.
+        surgery_inline: The children whose forwards are part of it.
     """
 
-    shared: ClassVar[Forward]
-    key: ClassVar[str]
-    edit: ClassVar[Edit]
-    inline: ClassVar[tuple[str, ...]]
+    surgery_shared: ClassVar[Forward]
+    surgery_key: ClassVar[str]
+    surgery_edit: ClassVar[Edit]
+    surgery_inline: ClassVar[tuple[str, ...]]
 
     @classmethod
     def recipe(cls) -> tuple[Any, tuple[Any, ...]]:
         """What `rewired_class` makes this class from."""
-        return rewired_class, (cls.__name__, cls.key, cls.edit, cls.inline)
+        return rewired_class, (
+            cls.__name__,
+            cls.surgery_key,
+            cls.surgery_edit,
+            cls.surgery_inline,
+        )
 
 
 def forward_mixin(name: str, first: Capture, module: nn.Module, edit: Edit) -> type[Rewired]:
@@ -75,7 +82,7 @@ def forward_mixin(name: str, first: Capture, module: nn.Module, edit: Edit) -> t
         CaptureError: the edit cannot be done.
     """
     made = rewired_class(name, _key(first, module), edit, first.inline)
-    made.shared.add(edit(first, module))
+    made.surgery_shared.add(edit(first, module))
     return made
 
 
@@ -95,7 +102,9 @@ def code_of(module: nn.Module) -> str:
     Empty where the forward is not a generated one, or has not been captured yet.
     """
     mixins = [mixin for mixin in grafts(module) if issubclass(mixin, Rewired)]
-    return "\n\n".join(variant.source for mixin in mixins for variant in mixin.shared.variants)
+    return "\n\n".join(
+        variant.source for mixin in mixins for variant in mixin.surgery_shared.variants
+    )
 
 
 _lock = threading.Lock()
@@ -121,10 +130,10 @@ def _make_class(name: str, key: str, edit: Edit, inline: tuple[str, ...]) -> typ
 
     names = {
         "forward": forward,
-        "shared": shared,
-        "key": key,
-        "edit": edit,
-        "inline": inline,
+        "surgery_shared": shared,
+        "surgery_key": key,
+        "surgery_edit": edit,
+        "surgery_inline": inline,
         "__module__": __name__,
     }
     made = cast("type[Rewired]", type(name, (Rewired,), names))

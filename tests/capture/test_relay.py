@@ -104,7 +104,7 @@ def test_states_go_in_and_out_at_every_kind_of_call() -> None:
                 expected = reference(block, x, WEIGHTS, *STATES, **kwargs)
                 torch.manual_seed(seed)
                 assert_same(block(x, RELAY, WEIGHTS, *STATES, **kwargs), expected)
-    assert 2 < len(mixin.shared.variants) <= 4
+    assert 2 < len(mixin.surgery_shared.variants) <= 4
     assert "def forward(self, x, scale, weights, *states):" in code_of(block)
 
 
@@ -235,7 +235,7 @@ def test_compiled_and_exported() -> None:
 
 def test_uncaptured_under_compile_says_what_to_call() -> None:
     block, mixin = rewired()
-    mixin.shared.variants = ()
+    mixin.surgery_shared.variants = ()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match="run the model once on such an input beforehand"):
         compiled(noise(3, 4), RELAY, WEIGHTS, *STATES)
@@ -243,7 +243,7 @@ def test_uncaptured_under_compile_says_what_to_call() -> None:
 
 def test_threads_at_once() -> None:
     block, mixin = rewired()
-    mixin.shared.variants = ()
+    mixin.surgery_shared.variants = ()
     x = noise(3, 4)
     expected = reference(block, x, WEIGHTS, *STATES)
     results: list[Any] = []
@@ -259,7 +259,7 @@ def test_threads_at_once() -> None:
     assert len(results) == 4
     for result in results:
         assert_same(result, expected)
-    assert len(mixin.shared.variants) == 1
+    assert len(mixin.surgery_shared.variants) == 1
 
 
 def test_the_error_says_which_inputs_a_rewritten_graph_has() -> None:

@@ -60,7 +60,7 @@ class BlockPlan:
 
     def code(self) -> str:
         """The generated forward, as captured from the example; empty before any capture."""
-        return "\n\n".join(variant.source for variant in self.mixin().shared.variants)
+        return "\n\n".join(variant.source for variant in self.mixin().surgery_shared.variants)
 
     def mixin(self) -> type[Rewired]:
         """The class that carries the generated forward."""
@@ -93,7 +93,7 @@ def plan_sites(run: Run, sites: ModelMap, mode: Mode, *, scaled: bool) -> tuple[
         try:
             edit = plan_block(made, block, mode=mode, scaled=scaled)
             _check_one_stream(path, edit)
-            key = forward_mixin(_NAME, made, block, edit).key
+            key = forward_mixin(_NAME, made, block, edit).surgery_key
         except CaptureError as error:
             raise CaptureError(f"{path}: {error.message}", hint=error.hint) from error
         found.extend(find_residuals(made.graph, block))
