@@ -69,7 +69,7 @@ def _free(name: str, function: types.FunctionType) -> Any:
 
 def python_function(called: Any) -> types.FunctionType | None:
     """The function with Python text behind a callable, looking through ``__wrapped__``."""
-    function: Any = getattr(called, "__func__", called)
+    function: Any = called.__func__ if isinstance(called, staticmethod) else called
     unwrapped = inspect.unwrap(function) if isinstance(function, types.FunctionType) else None
     return unwrapped if isinstance(unwrapped, types.FunctionType) else None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from surgery.capture.loops.callees import UNKNOWN
 from surgery.capture.loops.source import names_in
 from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_of
 
@@ -109,6 +110,16 @@ class Driver:
         """A method or property of the driver's class."""
         found = inspect.getattr_static(self.cls, name, None)
         return found if isinstance(found, types.FunctionType | property) else None
+
+    def static(self, name: str) -> object:
+        """What an attribute of the driver's class is, other than a method; UNKNOWN if nothing.
+
+        None stands for what instances set (a checkpointing function).
+        """
+        found = inspect.getattr_static(self.cls, name, None)
+        if isinstance(found, staticmethod):
+            return inspect.unwrap(found.__func__)
+        return UNKNOWN if found is None else found
 
     def is_iterable(self) -> bool:
         """Whether the driver itself can be looped over (`nn.Sequential`)."""

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from surgery.capture.loops.scan import Findings, Run, Trouble
+from surgery.capture.loops.findings import Findings, Run, Trouble
 from surgery.capture.loops.source import Insertion, Source, uses_name
 
 _WRAPPERS = {"call": "", "through": ".through", "sequence": ".sequence", "whole": ""}
@@ -93,7 +93,8 @@ def _check_strings(source: Source, runs: Sequence[Run]) -> None:
     callees = {run.callee for run in runs}
     for node in ast.walk(source.node):
         if isinstance(node, ast.JoinedStr) and not callees.isdisjoint(ast.walk(node)):
-            raise NotUnderstood(f"a block is run inside a string ({source.where(node)})")
+            where, shown = source.where(node), source.line_of(node)
+            raise NotUnderstood(f"a block is run inside a string ({where}): `{shown}`")
 
 
 def _free_name(wanted: str, source: Source) -> str:

@@ -11,9 +11,8 @@ import ast
 import functools
 import itertools
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from surgery.capture.loops.callees import (
     CHAIN_FROM,
@@ -30,6 +29,8 @@ from surgery.capture.loops.callees import (
 )
 from surgery.capture.loops.closures import block_name, passes_on
 from surgery.capture.loops.driver import WHOLE_BLOCK, Driver
+from surgery.capture.loops.findings import Findings, Kind, Run, Trouble
+from surgery.capture.loops.scopes import Scope, assigned, names_of, parameters, stored
 from surgery.capture.loops.source import NoSource, Source, source_of
 from surgery.capture.loops.values import (
     NOTHING,
@@ -42,86 +43,9 @@ from surgery.capture.loops.values import (
     without_parts,
 )
 
-Kind = Literal["call", "through", "sequence", "whole"]
 _ROUNDS = 12
 _DEPTH = 4
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
-
-
-@dataclass(frozen=True)
-class Run:
-    """A call that runs a block.
-
-    Attributes:
-        kind: How: the block is called; a function is given it; a function is given several; or a
-            function is given modules that hold several each.
-        call: The call; its callee is what is to be wrapped.
-        containers: The containers the block may be of.
-        block: Python for the block, where the function is given something made around it.
-    """
-
-    kind: Kind
-    call: ast.Call
-    containers: frozenset[str]
-    block: str | None = None
-
-    @property
-    def callee(self) -> ast.expr:
-        """The expression to wrap."""
-        return self.call.func
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """Something done to a block that cannot be followed.
-
-    Attributes:
-        why: What is done.
-        node: Where.
-        loop: The innermost loop around it.
-        runs: Whether it may run the block, rather than only keep it.
-        aside: It runs part of one block, outside of any loop: the model's own wiring (an embedding
-            that lives in the first block), as long as the blocks are run elsewhere.
-        inside: A function that another is handed calls the block, as a whole.
-        containers: The containers of the block.
-    """
-
-    why: str
-    node: ast.AST
-    loop: ast.AST | None
-    runs: bool
-    containers: frozenset[str]
-    aside: bool = False
-    inside: bool = False
-
-
-@dataclass
-class Findings:
-    """What one function does with the blocks it can reach.
-
-    Attributes:
-        runs: The calls to rewrite.
-        around: Calls inside functions that another function is handed, which wraps those.
-        troubles: What cannot be followed.
-        returns: What it returns.
-        aliases: Attributes of the driver it assigns.
-    """
-
-    runs: dict[ast.Call, Run] = field(default_factory=dict[ast.Call, Run])
-    around: dict[ast.Call, Run] = field(default_factory=dict[ast.Call, Run])
-    troubles: dict[tuple[ast.AST, str], Trouble] = field(
-        default_factory=dict[tuple[ast.AST, str], Trouble]
-    )
-    returns: Value = NOTHING
-    aliases: dict[str, Value] = field(default_factory=dict[str, Value])
-
-    def runs_blocks(self) -> bool:
-        """Whether a block is, or may be, run."""
-        return bool(self.runs or self.around) or not self.is_clear()
-
-    def is_clear(self) -> bool:
-        """Whether every run of a block is one that was followed."""
-        return not any(trouble.runs for trouble in self.troubles.values())
 
 
 class Analyst:
@@ -195,20 +119,6 @@ def _position(item: tuple[int, Value]) -> int:
     return item[0]
 
 
-class _Scope:
-    """The names of one function, lambda or comprehension."""
-
-    def __init__(self, names: Iterable[str], outer: _Scope | None) -> None:
-        self.values: dict[str, Value] = dict.fromkeys(names, NOTHING)
-        self.outer = outer
-
-    def holder(self, name: str) -> _Scope | None:
-        scope: _Scope | None = self
-        while scope is not None and name not in scope.values:
-            scope = scope.outer
-        return scope
-
-
 class Scan:
     """One function under analysis."""
 
@@ -221,15 +131,15 @@ class Scan:
     ) -> None:
         self.analyst = analyst
         self._constants = {
-            name: value for name, value in constants.items() if name not in _assigned(source.node)
+            name: value for name, value in constants.items() if name not in assigned(source.node)
         }
         self.driver = analyst.driver
         self.function = function
         self.source = source
         self.findings = Findings()
-        self._scopes: dict[ast.AST, _Scope] = {}
+        self._scopes: dict[ast.AST, Scope] = {}
         self._returns: dict[ast.AST, Value] = {}
-        self._scope = _Scope((), None)
+        self._scope = Scope((), None)
         self._within: list[ast.AST] = []
         self._loops: list[ast.AST] = []
         self._unused: set[ast.expr] = set()
@@ -241,7 +151,7 @@ class Scan:
     def run(self, arguments: dict[int, Value]) -> Findings:
         """Interpret the function until nothing new is learnt."""
         node = self.source.node
-        names = _parameters(node.args)
+        names = parameters(node.args)
         self._scope = self._scope_of(node)
         for index, value in arguments.items():
             if index < len(names):
@@ -251,6 +161,8 @@ class Scan:
             self._changed, rounds = False, rounds + 1
             self.findings = Findings(aliases=self.findings.aliases)
             self._function_body(node)
+        if self._changed:
+            self._may_run("where blocks go is too entangled to be told", node, WHOLE_BLOCK)
         self.findings.returns = self._returns.get(node, NOTHING)
         self._check_entered()
         return self.findings
@@ -263,15 +175,18 @@ class Scan:
 
     # Scopes ----------------------------------------------------------------------------------
 
-    def _scope_of(self, node: ast.AST, names: Iterable[str] | None = None) -> _Scope:
+    def _scope_of(self, node: ast.AST, names: Iterable[str] | None = None) -> Scope:
         if node not in self._scopes:
-            found = _names_of(node) if names is None else names
-            self._scopes[node] = _Scope(found, self._scope)
+            found = names_of(node) if names is None else names
+            self._scopes[node] = Scope(found, self._scope)
         return self._scopes[node]
 
     def _learn(self, name: str, value: Value) -> None:
         scope = self._scope.holder(name)
-        if scope is None or value == NOTHING:
+        if value == NOTHING:
+            return
+        if scope is None:
+            self._keep(f"a block is stored in the global {name}", self.source.node, value)
             return
         joined = join(scope.values[name], value)
         if joined != scope.values[name]:
@@ -323,8 +238,18 @@ class Scan:
                 self._with(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self._define(node)
+            case ast.Match():
+                self._match(node)
             case _:
                 self._other(node)
+
+    def _match(self, node: ast.Match) -> None:
+        value = self._eval(node.subject)
+        captured = join(value, self.driver.element(value), items_of(self.driver.element(value)))
+        for case in node.cases:
+            for name in stored(case.pattern):
+                self._learn(name, captured)
+            self._other(case)
 
     def _assignment(self, node: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
         if node.value is None:
@@ -544,7 +469,7 @@ class Scan:
     def _comprehension(self, node: _COMPREHENSIONS) -> Value:
         outer = self._scope
         targets = [generator.target for generator in node.generators]
-        scope = self._scope_of(node, [name for target in targets for name in _stored(target)])
+        scope = self._scope_of(node, [name for target in targets for name in stored(target)])
         loops = self._loops
         for generator in node.generators:
             iterated = self._eval(generator.iter)
@@ -615,6 +540,8 @@ class Scan:
             shortcut = self._method_call(node, node.func, values)
             if shortcut is not None:
                 return shortcut
+        if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
+            return self._super_call(node.func.attr, node, values, named)
         if called.own:
             found += [self._own_call(name, node, values, named) for name in called.own]
             return join(*found)
@@ -664,6 +591,16 @@ class Scan:
         bound = isinstance(method, types.FunctionType)
         return self._python_call(function, node, values, named, 1 if bound else 0)
 
+    def _super_call(
+        self, name: str, node: ast.Call, values: list[Value], named: dict[str | None, Value]
+    ) -> Value:
+        """``super().name(...)``: any of the ancestors' methods of that name."""
+        if any(self._leads(value) for value in (*values, *named.values())):
+            return self._opaque(node, values, named)
+        defined = [vars(ancestor).get(name) for ancestor in self.driver.cls.__mro__]
+        functions = [python_function(one) for one in defined if one is not None]
+        return join(*[self._result_of(one) for one in functions if one is not None])
+
     def _enter(
         self,
         function: LocalFunction,
@@ -673,7 +610,7 @@ class Scan:
     ) -> Value:
         """A call of a function defined inside the method."""
         self._entered.add(function)
-        names = _parameters(function.args)
+        names = parameters(function.args)
         for name, value in zip(names, values, strict=False):
             self._learn_in(function, name, value)
         for name, value in named.items():
@@ -705,7 +642,10 @@ class Scan:
         return self._unknown_call(target, node, called, values, named)
 
     def _target(self, node: ast.Call) -> Any:
-        return resolve(node.func, self.function, self._is_local)
+        callee = node.func
+        if isinstance(callee, ast.Attribute) and "" in self._eval(callee.value).paths:
+            return self.driver.static(callee.attr)
+        return resolve(callee, self.function, self._is_local)
 
     def _known(self, target: Any, node: ast.Call, values: list[Value]) -> Value | None:
         if target in INSPECTING:
@@ -729,7 +669,7 @@ class Scan:
             return self._map(target, values)
         if target is functools.reduce and len(values) > 1:
             for one in first.functions:
-                names = _parameters(one.args)
+                names = parameters(one.args)
                 self._learn_in(one, names[-1], self.driver.element(values[1]))
             return NOTHING if first.functions else None
         return None
@@ -738,7 +678,7 @@ class Scan:
         elements = [self.driver.element(value) for value in values[1:]]
         results: list[Value] = []
         for one in values[0].functions:
-            for name, element in zip(_parameters(one.args), elements, strict=False):
+            for name, element in zip(parameters(one.args), elements, strict=False):
                 self._learn_in(one, name, element)
             results.append(self._returns.get(one, NOTHING))
         return items_of(join(*elements) if target is filter else join(*results))
@@ -956,43 +896,6 @@ def _is_module(value: Value) -> bool:
     )
 
 
-def _parameters(arguments: ast.arguments) -> list[str]:
-    return [arg.arg for arg in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-
-
-def _names_of(node: ast.AST) -> set[str]:
-    """The local names of a function or lambda."""
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        return set()
-    arguments = node.args
-    names = {*_parameters(arguments)}
-    names |= {arg.arg for arg in (arguments.vararg, arguments.kwarg) if arg is not None}
-    body: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else [*node.body]
-    for part in body:
-        names |= set(_stored(part))
-    return names
-
-
-def _assigned(node: ast.FunctionDef) -> set[str]:
-    return {name for statement in node.body for name in _stored(statement)}
-
-
-def _stored(node: ast.AST) -> Iterator[str]:
-    """Names assigned in a piece of code, not counting scopes inside it."""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
-        yield node.id
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        yield node.name
-        return
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
-    if isinstance(node, ast.ExceptHandler) and node.name:
-        yield node.name
-    if isinstance(node, ast.Lambda):
-        return
-    if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
-        inside = (one for one in ast.walk(node) if isinstance(one, ast.NamedExpr))
-        yield from (one.target.id for one in inside)
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _stored(child)
+def _is_super(node: ast.expr) -> bool:
+    callee = node.func if isinstance(node, ast.Call) else None
+    return isinstance(callee, ast.Name) and callee.id == "super"

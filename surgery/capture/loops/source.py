@@ -151,7 +151,8 @@ def _argument(instruction: dis.Instruction) -> object:
         return instruction.argval
     if instruction.opname == "LOAD_CONST":
         # Not its text: a set may be written in any order.
-        return type(instruction.argval), instruction.argval
+        value: object = instruction.argval
+        return type(value).__name__, value
     return instruction.argrepr
 
 
@@ -217,8 +218,8 @@ def _restore(node: ast.AST, source: Source, text: str, shifts: _Shifts) -> None:
         return
     starts = _line_starts(text)
     for line, column in (("lineno", "col_offset"), ("end_lineno", "end_col_offset")):
-        new: int = starts[getattr(node, line) - 1] + getattr(node, column)
-        old_line, old_column = source.position(shifts.original(new))
+        row, offset = cast("tuple[int, int]", (getattr(node, line), getattr(node, column)))
+        old_line, old_column = source.position(shifts.original(starts[row - 1] + offset))
         setattr(node, line, old_line)
         setattr(node, column, old_column)
 
@@ -226,8 +227,8 @@ def _restore(node: ast.AST, source: Source, text: str, shifts: _Shifts) -> None:
 @functools.lru_cache(maxsize=16)
 def _line_starts(text: str) -> list[int]:
     starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line.encode()))
+    for line in text.split("\n"):
+        starts.append(starts[-1] + len(line.encode()) + 1)
     return starts
 
 
@@ -238,33 +239,35 @@ def _compile(node: ast.FunctionDef, source: Source, cells: tuple[str, ...]) -> t
     mangling of private names), and taken out of there: nothing is run.
     """
     original = source.code
-    owner = _owner(original.co_qualname)
-    body: list[ast.stmt] = [node]
-    if owner is not None:
-        body = [ast.ClassDef(owner, bases=[], keywords=[], body=body, decorator_list=[])]
-    names = dict.fromkeys((*original.co_freevars, *cells))
-    if owner is not None and owner not in names:
-        body.insert(0, ast.Global([owner]))  # methods find their class by name in the module
-    parameters = [ast.arg(name) for name in names]
-    arguments = ast.arguments([], parameters, None, [], [], None, [])
-    scope = ast.FunctionDef("scope", arguments, body, [], None)
+    names = tuple(dict.fromkeys((*original.co_freevars, *cells)))
+    module = _around(node, names, _owner(original.co_qualname))
     shift = original.co_firstlineno - _first_line(node)
-    module = ast.Module([ast.fix_missing_locations(scope)], [])
     ast.increment_lineno(node, shift)
-    compiled = compile(
-        module,
-        original.co_filename,
-        "exec",
-        flags=original.co_flags & _FUTURES,
-        dont_inherit=True,
+    flags = original.co_flags & _FUTURES
+    made = cast(
+        "types.CodeType",
+        compile(module, original.co_filename, "exec", flags=flags, dont_inherit=True),
     )
     ast.increment_lineno(node, -shift)
     found = next(
         code
-        for code in _codes(compiled)
+        for code in _codes(made)
         if code.co_name == original.co_name and code.co_firstlineno == original.co_firstlineno
     )
     return found.replace(co_qualname=original.co_qualname)
+
+
+def _around(node: ast.FunctionDef, names: tuple[str, ...], owner: str | None) -> ast.Module:
+    """A module with the definition in a function of these variables, in a class of this name."""
+    lines = [f"def scope({', '.join(names)}):"]
+    if owner is not None and owner not in names:
+        lines.append(f" global {owner}")  # methods find their class by name in the module
+    lines.append(" pass" if owner is None else f" class {owner}: pass")
+    module = ast.parse("\n".join(lines))
+    scope = cast("ast.FunctionDef", module.body[0])
+    holder = scope if owner is None else cast("ast.ClassDef", scope.body[-1])
+    holder.body = [node]
+    return module
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -274,7 +277,7 @@ def _first_line(node: ast.FunctionDef) -> int:
 def _owner(qualname: str) -> str | None:
     """The class a method was defined in, by its qualified name; None for a plain function."""
     outer = qualname.rpartition(".")[0].rpartition(".")[2]
-    return outer if outer and outer != "<locals>" else None
+    return outer if outer.isidentifier() else None
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

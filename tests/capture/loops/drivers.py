@@ -373,6 +373,57 @@ class Yielding(Driver):
         return x
 
 
+class Matched(Driver):
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(4):
+            match (i, self.layers[i]):
+                case (_, Block() as layer):
+                    x = layer(x)
+        return x
+
+
+class NonLocal(Driver):
+    def forward(self, x: Tensor) -> Tensor:
+        current = None
+
+        def pick(i: int) -> None:
+            nonlocal current
+            current = self.layers[i]
+
+        for i in range(4):
+            pick(i)
+            x = current(x)
+        return x
+
+
+class Giver(Driver):
+    def some(self) -> nn.ModuleList:
+        return self.layers
+
+
+class Taker(Giver):
+    """Its blocks come from an ancestor's method that it hides."""
+
+    def some(self) -> nn.ModuleList:
+        return self.other
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in super().some():
+            x = layer(x)
+        return x
+
+
+class Static(Driver):
+    """A class attribute that holds the checkpointing function."""
+
+    recompute = staticmethod(checkpoint)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.recompute(layer, x, use_reentrant=False)
+        return x
+
+
 FORMS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
     for cls in (
@@ -406,6 +457,10 @@ FORMS: dict[str, type[nn.Module]] = {
         Straight,
         Stages,
         Yielding,
+        Matched,
+        NonLocal,
+        Taker,
+        Static,
     )
 }
 
@@ -483,6 +538,45 @@ class Replaced(Driver):
         return x
 
 
+class StaticHelper(Driver):
+    @staticmethod
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.run(layer, x)
+        return x
+
+
+class OwnHelper(Driver):
+    def run(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.run(x, layer=layer)
+        return x
+
+
+class Whole(Driver):
+    """Calls a slice of its blocks as if it were a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*self.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[2:](self.layers[:2](x))
+
+
+class Text(Driver):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            self.shown = f"{layer(x)}"
+        return x
+
+
 REFUSED: dict[type[nn.Module], str] = {
     Keyword: "checkpoint",
     Parts: "a part of a block is run by itself",
@@ -491,6 +585,10 @@ REFUSED: dict[type[nn.Module], str] = {
     Handed: "a function that runs a block in a way of its own",
     ByClass: "it is wrapped by a Caching",
     Replaced: "the stack is replaced",
+    StaticHelper: "StaticHelper.run is given a block and runs it",
+    OwnHelper: "OwnHelper.run is given a block and runs it",
+    Whole: "a part of the stack is called as a module",
+    Text: "a block is run inside a string",
 }
 
 
