@@ -42,6 +42,7 @@ Nodes
     ``val``           `TensorSpec` (shape, dtype, device) of the example; an int, float or bool
                       for a size; tuples, lists and dicts of these.
     ``owner``         dotted path of the module whose forward was running ("" for the root).
+    ``calls``         the paths of all modules whose forwards were running, outermost first.
     ``where``         ``"file:line"`` of the statement in the model's own code.
     ``mutates``       True on a node that writes to its first argument (``add_``, ``setitem``).
     ``written_by``    list of such nodes for a tensor that shares memory with what they wrote.

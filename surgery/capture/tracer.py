@@ -645,6 +645,7 @@ class Tracer:
 
     def _place(self, node: fx.Node) -> None:
         node.meta["owner"] = self.owner
+        node.meta["calls"] = tuple(self._owners)
         node.meta["where"] = user_line()
         if self.options.replayable:
             node.meta["context"] = self._ambient.changes()

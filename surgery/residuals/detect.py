@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import cast
 
 from torch import fx, nn
@@ -144,7 +145,7 @@ class _Candidate:
 class _Search:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.flow = Flow(graph, root)
-        self.regions = Regions(graph, root)
+        self.regions = Regions(graph)
         self._nodes = list(graph.nodes)
         self.found: dict[fx.Node, _Candidate] = {}
         self.refused: dict[fx.Node, tuple[str, bool]] = {}
@@ -249,17 +250,16 @@ class _Search:
         self.refused[node] = (reasons[0] if reasons else _UNRELATED, bool(reasons))
 
     def _readings(self, one: fx.Node, other: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, _Step]]:
-        """Each term as the shortcut of the other, the plainest reading first."""
-        readings = [
-            (shortcut, branch, step)
-            for shortcut, branch in ((one, other), (other, one))
-            for step in self._ways[shortcut]
-            if self._leads_to(step.node, branch)
-        ]
-        first: dict[tuple[fx.Node, int], tuple[fx.Node, fx.Node, _Step]] = {}
-        for reading in readings:
-            first.setdefault((reading[0], reading[2].weights), reading)
-        return iter(sorted(first.values(), key=lambda each: each[2].weights))
+        """Each term as the shortcut of the other, the plainest reading first.
+
+        Its source is the nearest tensor that both have in common: what a projection computes on its
+        way is its own.
+        """
+        readings: list[tuple[fx.Node, fx.Node, _Step]] = []
+        for shortcut, branch in ((one, other), (other, one)):
+            steps = (step for step in self._ways[shortcut] if self._leads_to(step.node, branch))
+            readings.extend((shortcut, branch, step) for step in islice(steps, 1))
+        return iter(sorted(readings, key=lambda reading: reading[2].weights))
 
     def _judge(
         self, node: fx.Node, shortcut: fx.Node, branch: fx.Node, step: _Step

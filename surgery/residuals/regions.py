@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,23 +26,18 @@ class Regions:
     """The calls of a graph. Two calls of a module with nothing between them count as one.
 
     Args:
-        graph: With an ``owner`` on its nodes.
-        root: The module that the owners are paths in.
+        graph: With ``calls`` on its nodes.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         self.root = Region("", None, 0)
         self.end: dict[Region, int] = {}
-        self._module = root
         self._of: dict[fx.Node, Region] = {}
-        current = self.root
+        running = [self.root]
         for at, node in enumerate(graph.nodes):
-            current = self._enter(current, str(node.meta.get("owner", "")), at)
-            self._of[node] = current
-            region: Region | None = current
-            while region is not None:
-                self.end[region] = at
-                region = region.parent
+            self._follow(running, _calls(node), at)
+            self._of[node] = running[-1]
+            self.end.update(dict.fromkeys(running, at))
 
     def around(self, node: fx.Node, first: int) -> Region:
         """The innermost call that made ``node`` and everything from place ``first`` on."""
@@ -51,24 +46,20 @@ class Regions:
             region = region.parent
         return region
 
-    def _enter(self, current: Region, owner: str, at: int) -> Region:
-        while current.parent is not None and not _within(owner, current.path):
-            current = current.parent
-        if current.path == owner:
-            return current
-        # The modules on the way to it may not have computed anything themselves yet.
-        depth = current.path.count(".") + 1 if current.path else 0
-        names = owner.split(".")
-        for end in range(depth + 1, len(names) + 1):
-            path = ".".join(names[:end])
-            if end == len(names) or _is_called(self._module.get_submodule(path)):
-                current = Region(path, current, at)
-        return current
+    @staticmethod
+    def _follow(running: list[Region], calls: tuple[str, ...], at: int) -> None:
+        """Leave the calls that have ended and enter those that have begun."""
+        shared = 1
+        for region, path in zip(running[1:], calls, strict=False):
+            if region.path != path:
+                break
+            shared += 1
+        del running[shared:]
+        for path in calls[shared - 1 :]:
+            running.append(Region(path, running[-1], at))
 
 
-def _within(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(f"{outer}.")
-
-
-def _is_called(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+def _calls(node: fx.Node) -> tuple[str, ...]:
+    """The paths of the calls that a node was made in, that of the root left out."""
+    calls: tuple[str, ...] = node.meta.get("calls", ())
+    return calls[1:]

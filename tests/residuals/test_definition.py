@@ -168,6 +168,13 @@ def adapter(net: Any, x: Tensor) -> Tensor:
     return net.f(x) + 2.0 * low
 
 
+def position_of_values(net: Any, x: Tensor) -> Tensor:
+    """LePE: what is added to the attention is computed from its values."""
+    v = net.f(x)
+    attended = F.scaled_dot_product_attention(net.g(net.h(x)), x, v)
+    return net.norm(attended) + F.linear(v, net.table.T @ net.table)
+
+
 def false_ancestor(net: Any, x: Tensor) -> Tensor:
     return x + net.f(torch.ones(x.shape))
 
@@ -181,6 +188,7 @@ NOT_RESIDUAL: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "low-rank adapter": (adapter, "linear maps"),
     "parallel branches": (lambda net, x: net.f(x) + net.g(x), "parallel branches"),
     "position embedding": (lambda net, x: net.f(x) + net.table, "broadcast"),
+    "position encoding of values": (position_of_values, "parallel branches"),
     "only its shape": (false_ancestor, "neither term"),
     "a tensor and itself": (lambda net, x: (y := net.f(x)) + y, "itself"),
     "a constant": (lambda net, x: net.f(x + 1), ""),
@@ -359,6 +367,27 @@ def test_a_shared_block_counts_as_often_as_it_runs():
     model = Stacked(Delegating, shared=True)
     found = examine(trace_model(model, (torch.randn(2, WIDTH),)).graph, model)
     assert [each.owner for each in found.residuals] == ["blocks.0.output"] * 3
+
+
+class Activated(nn.Module):
+    """A projection around layers and an activation that all blocks share."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.shortcut = nn.Linear(WIDTH, WIDTH)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.two(self.act(self.one(x))) + self.shortcut(x))
+
+
+def test_a_shared_activation_does_not_end_the_call_around_it():
+    act = nn.Sequential(nn.ReLU())
+    model = Stacked(lambda: Activated(act))
+    found = examine(trace_model(model, (torch.randn(2, WIDTH),)).graph, model)
+    assert [each.block for each in found.residuals] == [f"blocks.{i}" for i in range(3)]
+    assert {each.kind for each in found.residuals} == {"projection"}
 
 
 def test_a_graph_with_children_as_leaves():
