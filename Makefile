@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types sweep coverage bench api clean
+.PHONY: help setup demo test lint types sweep coverage survival bench api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -55,6 +55,9 @@ sweep: $(VENV)/.installed ## Try low-rank adapters on over a hundred models that
 
 coverage: $(VENV)/.installed ## Prove both passes on every timm module and 87 other architectures (ONLY=, ALL=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage.run $(if $(ALL),--all) $(ONLY)
+
+survival: $(VENV)/.installed ## Run the survival table and write docs/survival.md (ONLY=Llama,BERT ROWS=eager,onnx)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survival.run $(if $(ONLY),--only "$(ONLY)") $(if $(ROWS),--rows "$(ROWS)")
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in benchmarks/lora_*.py; do echo "== $$script"; $(BIN)/python $$script; done
