@@ -26,6 +26,7 @@ from surgery.passes.streams import (
     Segment,
     Segments,
     Stream,
+    check_released,
     drive,
     find_chains,
     find_runs,
@@ -190,6 +191,7 @@ class Shortcuts(Pass):
                 f"{edit.site} no longer has its shortcuts",
                 hint="they were removed by other means than surgery.undo",
             )
+        check_released(model, edit.payload["holder"])
 
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Put the coefficients beside the blocks and rewrite the code that calls those."""

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -454,3 +456,31 @@ def test_an_instance_forward_is_not_hidden():
     plan = surgery.plan(model, Rule(Shortcuts()), example=x)
     plan.apply()
     assert surgery.shortcuts(model)
+
+
+def test_a_driver_tells_which_inputs_it_takes():
+    model, _ = built(Checkpointing)
+    before = inspect.signature(model.forward)
+    model, _ = rewired(Checkpointing)
+    assert inspect.signature(model.forward) == before
+    assert list(before.parameters) == ["x", "scale"]
+
+
+def test_a_driver_that_was_wrapped_since_cannot_be_undone():
+    model, x = rewired(Elsewhere)
+    expected, cls = model(x), type(model.runner)
+    model.runner.__class__ = type("Wrapped", (cls,), {})
+    with pytest.raises(ModelStateError, match="runner: the class of this module became Wrapped"):
+        surgery.undo(model)
+    assert torch.equal(model(x), expected)
+    model.runner.__class__ = cls
+    surgery.undo(model)
+
+
+def test_threads_share_a_driver():
+    model, x = rewired(Elsewhere)
+    inputs = [x + index for index in range(4)]
+    expected = [model(each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(model, inputs * 4))
+    assert all(map(torch.equal, found, expected * 4))

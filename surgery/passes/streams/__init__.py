@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from surgery.passes.streams.across import AcrossSegment, Chain, CutPlan, find_chains
-from surgery.passes.streams.drivers import drive, plan_across, plan_driver, planned_code, release
+from surgery.passes.streams.drivers import (
+    check_released,
+    drive,
+    plan_across,
+    plan_driver,
+    planned_code,
+    release,
+)
 from surgery.passes.streams.graph_driver import Captured
 from surgery.passes.streams.holders import holder_mixin
 from surgery.passes.streams.ports import Stream
@@ -35,6 +42,7 @@ __all__ = [
     "Segments",
     "Stream",
     "all_segments",
+    "check_released",
     "drive",
     "find_chains",
     "find_runs",

@@ -188,6 +188,19 @@ def _is_driver(path: str, captured: Captured | None) -> bool:
     return captured is not None and captured.driver == path
 
 
+def check_released(model: nn.Module, holder: str) -> None:
+    """Raise what ``release`` would raise.
+
+    Raises:
+        ModelStateError: the class of a module that was rewritten has changed since.
+    """
+    for path, driver, _ in _ancestors(model, holder, ()):
+        if _present(driver):
+            check_graftable(driver, path or stock_class(driver).__name__)
+        for inner in _inline(_captured(driver)):
+            check_graftable(driver.get_submodule(inner), f"{path}.{inner}" if path else inner)
+
+
 def release(model: nn.Module, holder: str) -> None:
     """Fit the code that goes through the blocks of a holder to the segments that are left."""
     rewired = segments_of(model.get_submodule(holder)) is not None

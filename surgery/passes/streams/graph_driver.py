@@ -258,7 +258,7 @@ def plan_capture(
     edit = Rewire((Stack(container, tuple(members)),))
     _check_calls(first, edit, module, driver)
     key = _key(first, module)
-    made = driven_class(key, edit, inline, captured_methods(stock_class(module), edit, inline))
+    made = driven_class(stock_class(module), key, edit, inline)
     drive_of(made).add(first, module)
     return Captured(driver, container, inline, key)
 
@@ -333,6 +333,7 @@ class Drive:
     """What the mixin of a captured driver is made of.
 
     Attributes:
+        cls: The driver's stock class.
         key: Tells its captures from those of other drivers, the same in every process.
         edit: What is done to them.
         inline: The modules whose forwards are part of them.
@@ -340,6 +341,7 @@ class Drive:
         first: A capture of the forward, unedited; None where nothing was captured beforehand.
     """
 
+    cls: type[nn.Module]
     key: str
     edit: Rewire
     inline: tuple[str, ...]
@@ -362,7 +364,7 @@ class Driven(Generated):
     def recipe(cls) -> tuple[Any, tuple[Any, ...]]:
         """What `driven_class` makes this class from."""
         drive = cls._surgery_drive
-        return driven_class, (drive.key, drive.edit, drive.inline, tuple(drive.forwards))
+        return driven_class, (drive.cls, drive.key, drive.edit, drive.inline)
 
 
 def drive_of(mixin: type[Driven]) -> Drive:
@@ -371,11 +373,11 @@ def drive_of(mixin: type[Driven]) -> Drive:
 
 
 def driven_class(
-    key: str, edit: Rewire, inline: tuple[str, ...], methods: tuple[str, ...]
+    cls: type[nn.Module], key: str, edit: Rewire, inline: tuple[str, ...]
 ) -> type[Driven]:
     """The class of these arguments; a new one captures at its first call."""
     with _lock:
-        known = (key, edit, inline, methods)
+        known = (cls, key, edit, inline)
         if known not in _classes:
             _classes[known] = _make_class(*known)
         return _classes[known]
@@ -386,12 +388,15 @@ _classes: dict[tuple[Any, ...], type[Driven]] = {}
 
 
 def _make_class(
-    key: str, edit: Rewire, inline: tuple[str, ...], methods: tuple[str, ...]
+    cls: type[nn.Module], key: str, edit: Rewire, inline: tuple[str, ...]
 ) -> type[Driven]:
     def stock(name: str) -> Callable[[nn.Module], Callable[..., Any]]:
         return lambda module: _while_capturing(made, _beneath(type(module), made, name))
 
-    forwards = {name: Forward(edit=edit, inline=inline, function=stock(name)) for name in methods}
+    forwards = {
+        name: Forward(edit=edit, inline=inline, function=stock(name))
+        for name in captured_methods(cls, edit, inline)
+    }
 
     def method(name: str) -> Callable[..., Any]:
         shared = forwards[name]
@@ -403,13 +408,16 @@ def _make_class(
                 _check_no_hooks(self, path)
             return shared(self, *args, **kwargs)
 
-        run.__name__ = name
+        known = getattr(cls, name)
+        run.__name__, run.__doc__ = name, known.__doc__
+        # Trainers and pipelines ask a model which inputs it takes.
+        run.__dict__["__signature__"] = inspect.signature(known)
         return run
 
     names = {
-        "_surgery_drive": Drive(key, edit, inline, forwards),
+        "_surgery_drive": Drive(cls, key, edit, inline, forwards),
         "__module__": __name__,
-        **{name: method(name) for name in methods},
+        **{name: method(name) for name in forwards},
     }
     made = cast("type[Driven]", type("Driven", (Driven,), names))
     return made
@@ -466,11 +474,10 @@ def driving_mixin(
     driver: nn.Module, stacks: tuple[Stack, ...], captured: Sequence[Captured]
 ) -> type[Driven]:
     """The mixin for a driver with these stacks, some of which need a capture."""
-    cls = stock_class(driver)
     edit = Rewire(tuple(sorted(stacks, key=lambda stack: stack.container)))
     inline = tuple(sorted({path for one in captured for path in one.inline}))
     key = captured[0].key
-    made = driven_class(key, edit, inline, captured_methods(cls, edit, inline))
+    made = driven_class(stock_class(driver), key, edit, inline)
     drive = drive_of(made)
     if drive.first is None:
         others = (drive_of(other) for other in list(_classes.values()))
