@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import pad
 
 from architectures.shortcuts import _torch, kernels
 from architectures.shortcuts.kernels import plain
@@ -394,7 +395,11 @@ def _scatter(values: Tensor | None, indices: Sequence[int], like: Tensor) -> Ten
     """A vector of the length of ``like`` with ``values`` at ``indices`` and zeros elsewhere."""
     if values is None:
         return None
+    values = values.to(like.device, like.dtype)
+    first, last = indices[0], indices[-1]
+    if last - first + 1 == len(indices):
+        return pad(values, (first, len(like) - last - 1))
     spread = [like.new_zeros(()) for _ in range(len(like))]
-    for index, value in zip(indices, values.to(like.device, like.dtype).unbind(), strict=True):
+    for index, value in zip(indices, values.unbind(), strict=True):
         spread[index] = value
     return torch.stack(spread)

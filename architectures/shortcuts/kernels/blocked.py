@@ -132,5 +132,7 @@ def _summed(products: list[Tensor], count: int, like: Tensor) -> Tensor:
 def _blocks(like: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of all tensors in step, in the order of memory. ``like`` is dense."""
     size = BLOCK * torch.get_num_threads()
-    split = (_torch.split(tensor, size) for tensor in flat(like, tensors))
-    return zip(*split, strict=True)
+    whole = flat(like, tensors)
+    if like.numel() <= size:
+        return iter([tuple(whole)])
+    return zip(*(_torch.split(tensor, size) for tensor in whole), strict=True)
