@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import warnings
 
 #: Besides torch. The models' own modules, since transformers and diffusers import them late.
@@ -39,12 +40,13 @@ HEAVY = (
 
 
 def warm() -> None:
-    """Rewrite each model once: what is learnt of its class is not learnt again in each cell."""
+    """Rewrite the models once: what is learnt of a class is not learnt again in each cell."""
+    from tests.survival.calls import rewire
     from tests.survival.models import SUBJECTS
     from tests.survival.reference import MAIN
-    from tests.survival.rows import rewire
 
-    for subject in SUBJECTS:
+    asked = os.environ.get("SURVIVAL_MODELS", "").split(",")
+    for subject in (subject for subject in SUBJECTS if subject.name in asked):
         # A rewrite that is refused is refused again in its cells, where that is reported.
         with contextlib.suppress(Exception):
             rewire(subject.build(), subject.example(), MAIN)

@@ -162,6 +162,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            os.environ["SURVIVAL_MODELS"] = ",".join(options.only)
             for cell, outcome in run_cells(jobs, options):
                 done.append(cell)
                 said = f"{cell.status} {cell.cause}"

@@ -114,6 +114,8 @@ def _put(value: Any, path: Path, state: Tensor) -> Any:
     items = list(cast("tuple[Any, ...]", value))
     items[cast("int", step)] = inner
     kind = cast("type[Any]", type(cast("object", value)))
+    if kind is tuple:  # asked first, since torch.compile cannot follow what comes next
+        return tuple(items)
     named = "_fields" in vars(kind)  # the mark of a namedtuple
     return kind(*items) if named else tuple(items)
 
