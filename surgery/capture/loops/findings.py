@@ -8,7 +8,7 @@ from typing import Literal
 
 from surgery.capture.loops.values import NOTHING, Value
 
-Kind = Literal["call", "through", "sequence", "whole"]
+Kind = Literal["call", "through", "sequence", "whole", "view"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Run:
 
     Attributes:
         kind: How: the block is called; a function is given it; a function is given several; or a
-            function is given modules that hold several each.
+            function is given modules that hold several each. A ``view`` runs none: it lists them.
         call: The call; its callee is what is to be wrapped.
         containers: The containers the block may be of.
         block: Python for the block, where the function is given something made around it.

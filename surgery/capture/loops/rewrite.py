@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from surgery.capture.loops.findings import Findings, Run, Trouble
 from surgery.capture.loops.source import Insertion, Source, uses_name
 
-_WRAPPERS = {"call": "", "through": ".through", "sequence": ".sequence", "whole": ""}
+_WRAPPERS = {
+    "call": "",
+    "through": ".through",
+    "sequence": ".sequence",
+    "whole": "",
+    "view": ".view",
+}
 _SCOPES = (
     ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
 )  # fmt: skip
 _WHOLE = "*"
+_LISTING = ("children", "named_children")
 _Place = tuple[int, int, ast.stmt]
 """A statement: which list it stands in (by identity), where in it, and itself."""
 
@@ -62,6 +69,7 @@ def plan(
     _check_strings(source, runs)
     containers = sorted({path for run in runs for path in run.containers})
     owner = source.node.args.args[0].arg if source.node.args.args else "self"
+    runs += _views(source, owner, containers)
     begin, whole = _free_name("begin", source), _free_name("whole", source)
     names = {path: _free_name(_steps_name(path, containers), source) for path in containers}
     names[_WHOLE] = whole
@@ -71,6 +79,14 @@ def plan(
         text = f"{names[path]} = {begin}({expression(owner, path)})"
         insertions.append(_before(source, _place(source, uses), text, rank))
     return Rewriting(tuple(insertions), begin, whole)
+
+
+def _views(source: Source, owner: str, containers: Iterable[str]) -> Iterator[Run]:
+    """Calls that list all children of a container, those among them that were put in."""
+    lists = {f"{expression(owner, path)}.{name}": path for path in containers for name in _LISTING}
+    for node in ast.walk(source.node):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in lists:
+            yield Run("view", node, frozenset({lists[ast.unparse(node.func)]}))
 
 
 def expression(owner: str, path: str) -> str:

@@ -766,13 +766,11 @@ class Scan:
         element = self.driver.element(first)
         if first.blocks and not first.paths:
             return self._run("through", node, first.blocks)
-        if element.blocks and not element.paths:
-            if plain:
-                return self._run("sequence", node, element.blocks)
+        if element.blocks and plain:
+            return self._run("sequence", node, element.blocks)
+        if element.blocks:
             return self._may_run("the blocks are taken apart and run in sequence", node, first)
-        if element.paths and not element.blocks:
-            return self._run("whole", node, frozenset())
-        return self._may_run("stacks of several kinds are run in sequence", node, first)
+        return self._run("whole", node, frozenset())
 
     def _around(self, node: ast.Call, first: Value) -> Value:
         """``checkpoint(function_around_block, x)``."""

@@ -384,7 +384,7 @@ class Matched(Driver):
 
 class NonLocal(Driver):
     def forward(self, x: Tensor) -> Tensor:
-        current = None
+        current: nn.Module = self
 
         def pick(i: int) -> None:
             nonlocal current
@@ -605,7 +605,7 @@ class Quiet(Driver):
             nn.init.constant_(layer.linear.weight, float(i))
             self.apply(lambda module: module.train())
 
-    def kinds(self) -> list[str]:
+    def kinds(self) -> list[Any]:
         return [layer.kind for layer in self.layers]
 
     def last(self) -> nn.Module:

@@ -76,3 +76,22 @@ def test_blocks_that_would_be_taken_apart_are_refused() -> None:
     stacks = (Stack("stages", ("0", "1")),)
     loops = loop_mixins(Model, stacks, "tests.capture.loops.runtimes:watch")
     assert "the blocks are taken apart and run in sequence" in loops.refused["forward"]
+
+
+def in_order(functions: Any, x: torch.Tensor) -> torch.Tensor:
+    """Runs the functions as they are."""
+    for function in tuple(functions):
+        x = function(x)
+    return x
+
+
+class Mixed(Model):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return in_order(self.stages, x)
+
+
+def test_blocks_that_hold_stacks_of_their_own_run_in_sequence() -> None:
+    stacks = (Stack("stages", ("0", "1")), Stack("stages.1", ("0", "1")))
+    loops = loop_mixins(Mixed, stacks, "tests.capture.loops.runtimes:watch")
+    assert "steps.sequence(in_order)(self.stages, x)" in loops.sources["forward"]
+    assert not loops.refused
