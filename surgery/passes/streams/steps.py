@@ -30,7 +30,7 @@ from surgery.capture.loops import block_of
 from surgery.errors import ModelStateError
 from surgery.passes.streams import recorder
 from surgery.passes.streams.ports import Stream
-from surgery.passes.streams.segment import Segment, segments_of
+from surgery.passes.streams.segment import Segment, Segments, segments_of
 from surgery.tree import children
 
 
@@ -104,6 +104,10 @@ class Steps:
     def sequence(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What to call instead of ``function(layers, x, ...)``, which checkpoints a sequence."""
         return functools.partial(_sequence, function, self)
+
+    def view(self, function: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+        """What to call instead of ``holder.children`` or ``holder.named_children``."""
+        return functools.partial(_blocks_alone, function)
 
     def _run_of(self, target: Any) -> _Run | None:
         layer = block_of(target)
@@ -242,6 +246,16 @@ def _sequence(
         groups = [(begin(part), cast("Iterable[Any]", part)) for part in layers]
     one = functools.partial(_checkpoint_seq, function, options)
     return _one_by_one(one, groups, state, skip_last=skip_last)
+
+
+def _blocks_alone(function: Callable[[], Iterable[Any]]) -> Iterable[Any]:
+    """Children, named or not, without the coefficients that are among them."""
+    found: list[Any] = []
+    for item in function():
+        named = isinstance(item, tuple)
+        if not isinstance(item[1] if named else item, Segments):
+            found.append(item)
+    return found
 
 
 def _one_by_one(

@@ -63,6 +63,22 @@ class Named(nn.Module):
         return x
 
 
+class Listed(nn.Module):
+    """Blocks under names of their own in a module that lists its children (RegNet's stages)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("b1", "b2", "b3"):
+            self.add_module(name, Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        for _, block in self.named_children():
+            x = block(x)
+        return x
+
+
 class Stage(nn.Module):
     """Two blocks and what halves the length."""
 
@@ -122,6 +138,7 @@ def _members(model: nn.Module) -> dict[str, tuple[str, ...]]:
     [
         (Shared, {"blocks": ("0", "0", "0")}),
         (Named, {"blocks": ("0", "1", "2")}),
+        (Listed, {"": ("b1", "b2", "b3")}),
         (Stages, {"stages.0.blocks": ("0", "1"), "stages.1.blocks": ("0", "1")}),
         (Pairs, {"blocks": ("0", "1", "2")}),
     ],
