@@ -254,12 +254,15 @@ def plan_capture(
     """
     module = model.get_submodule(driver)
     container = _below(holder, driver)
-    first = _captured(_as_written(model, driver), driver, example, inline)
+    present = driven(module)
+    # What an earlier rewrite made part of the forward stays so.
+    whole = inline if present is None else drive_of(present).inline
+    whole = tuple(sorted({*inline, *whole}))
+    first = _captured(_as_written(model, driver), driver, example, whole)
     edit = Rewire((Stack(container, tuple(members)),))
     _check_calls(first, edit, module, driver)
     key = _key(first, module)
-    made = driven_class(stock_class(module), key, edit, inline)
-    drive_of(made).add(first, module)
+    drive_of(driven_class(stock_class(module), key, edit, whole)).add(first, module)
     return Captured(driver, container, inline, key)
 
 
@@ -293,9 +296,10 @@ def _captured(
     inline: tuple[str, ...],
 ) -> Capture:
     args, kwargs = example
-    if not path:
-        return capture(model, args, kwargs, inline=inline)
-    return capture_blocks(model, args, kwargs, paths=[path], inline={path: inline})[path]
+    with captures(Driven):
+        if not path:
+            return capture(model, args, kwargs, inline=inline)
+        return capture_blocks(model, args, kwargs, paths=[path], inline={path: inline})[path]
 
 
 def _check_calls(first: Capture, edit: Rewire, driver: nn.Module, path: str) -> None:
@@ -481,7 +485,8 @@ def driving_mixin(
     drive = drive_of(made)
     if drive.first is None:
         others = (drive_of(other) for other in list(_classes.values()))
-        alike = (other.first for other in others if (other.key, other.inline) == (key, inline))
+        keys = {one.key for one in captured}
+        alike = (other.first for other in others if other.key in keys and other.inline == inline)
         first = next((each for each in alike if each is not None), None)
         if first is not None:
             drive.add(first, driver)
