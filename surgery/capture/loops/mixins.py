@@ -19,7 +19,7 @@ from surgery.capture.loops.findings import Findings
 from surgery.capture.loops.rebuild import copied, foreign, reachable, rebuild
 from surgery.capture.loops.rewrite import NotUnderstood, plan
 from surgery.capture.loops.scan import Analyst
-from surgery.capture.loops.source import NoSource, edit, source_of
+from surgery.capture.loops.source import NoSource, edit, names_in, source_of
 from surgery.capture.loops.targets import whole
 from surgery.capture.loops.values import Value, join
 from surgery.errors import CaptureError
@@ -266,7 +266,8 @@ class _Maker:
 
     def _stub(self, owner: type, name: str, attribute: Any, reason: str) -> Any:
         full = f"{owner.__qualname__}.{name} runs blocks and could not be rewritten: {reason}"
-        self.refused.setdefault(name, full)
+        if self._is_reached(owner, name):
+            self.refused.setdefault(name, full)
 
         def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             raise CaptureError(full, hint="rewrite another scope, or report the loop")
@@ -278,6 +279,14 @@ class _Maker:
         return refuse
 
     # The classes -----------------------------------------------------------------------------
+
+    def _is_reached(self, owner: type, name: str) -> bool:
+        """Whether a class's method can run: it is not hidden, or what hides it calls ``super()``."""
+        for klass in self.cls.__mro__[: self.cls.__mro__.index(owner)]:
+            hiding = vars(klass).get(name)
+            if isinstance(hiding, types.FunctionType):
+                return any("super" in names_in(one.__code__) for one in reachable(hiding))
+        return True
 
     def _place(self, owner: type, name: str) -> type:
         """Right above the class that defines a method if another hides it; else on top."""
