@@ -281,7 +281,7 @@ class _Maker:
     # The classes -----------------------------------------------------------------------------
 
     def _is_reached(self, owner: type, name: str) -> bool:
-        """Whether a class's method can run: it is not hidden, or what hides it calls ``super()``."""
+        """Whether a class's method can run: not hidden, or what hides it calls ``super()``."""
         for klass in self.cls.__mro__[: self.cls.__mro__.index(owner)]:
             hiding = vars(klass).get(name)
             if isinstance(hiding, types.FunctionType):
