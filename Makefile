@@ -60,7 +60,7 @@ survival: $(VENV)/.installed ## Run the survival table and write docs/survival.m
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survival.run $(if $(ONLY),--only "$(ONLY)") $(if $(ROWS),--rows "$(ROWS)")
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
-	@set -e; for script in benchmarks/lora_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
 	$(BIN)/python -m tests.test_public_api

@@ -86,7 +86,8 @@ def llama(config: Mapping[str, int], dtype: torch.dtype, device: str, batch: int
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = LlamaConfig(vocab_size=32000, use_cache=False, **config)  # type: ignore[arg-type]
-    model = LlamaForCausalLM(settings).to(device, dtype)
+    model: Any = LlamaForCausalLM(settings)
+    model = model.to(device, dtype)
     ids = torch.randint(32000, (batch, 256), device=device)
     size = batch * 256 * config["hidden_size"] * dtype.itemsize
     return Case(model, lambda m: m(ids, labels=ids).loss, config["num_hidden_layers"], size)

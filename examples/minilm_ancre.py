@@ -8,7 +8,7 @@ Every layer's input feeds every later layer with a learned coefficient, as in AN
 that are trained from scratch). Both models then get the same texts, dropout masks, steps and
 learning rates; the coefficients are the only difference.
 
-Run: ``python examples/minilm_ancre.py [--out ancre-out] [--steps 80]``
+Run: ``python examples/minilm_ancre.py [--out demo-out] [--steps 80]``
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Result:
 def main() -> None:
     """Run the demo from start to end; any claim that does not hold stops it."""
     parser = argparse.ArgumentParser(description="Learned shortcuts for a pretrained encoder.")
-    parser.add_argument("--out", type=Path, default=Path("ancre-out"))
+    parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--steps", type=int, default=80, help="of training, for each model")
     parser.add_argument("--texts", type=int, default=200, help="of a package to train on, at most")
     args = parser.parse_args()
