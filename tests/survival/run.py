@@ -159,7 +159,7 @@ def main() -> None:
     done: list[Cell] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what is done is kept"))
     try:
-        with tempfile.TemporaryDirectory() as cache:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
             os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             os.environ["SURVIVAL_MODELS"] = ",".join(options.only)

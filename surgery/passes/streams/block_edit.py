@@ -169,7 +169,7 @@ def replace_shortcut(
     The dtype is that of ``branch + shortcut``; see `add_states`.
     """
     row, used = _used(branch, coefficients, site, states, own)
-    return weighted_sum(branch, row, used).to(torch.result_type(branch, own[-1]))
+    return weighted_sum(branch, row, used).to(torch.promote_types(branch.dtype, own[-1].dtype))
 
 
 def mixture(
