@@ -22,7 +22,7 @@ from tests.sweep import models as sweep
 from tests.sweep.models import Model
 
 #: Parameters above which a model of timm is given one image rather than two.
-_LARGE = 2e6
+_LARGE = 8e6
 
 
 @dataclass(frozen=True)

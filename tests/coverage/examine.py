@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import Rule, Stack, SurgeryError
+from surgery import Rule, Stack, SurgeryError, adapters
 from surgery.capture import trace_model
 from surgery.passes.shortcuts import Shortcuts
 from surgery.passes.streams.segment import Segment, all_segments
@@ -137,6 +137,9 @@ def lowrank_differences(subject: Subject) -> None:
     double, example = subject.wide
     model = surgery.apply(double, lowrank_sweep.EVERYWHERE, example=example, copy=True)
     lowrank_sweep.randomise(model)
+    with torch.no_grad():
+        for tensor in adapters.parameters(model):
+            tensor.mul_(0.1)  # so that deep models without norms stay where they are smooth
     with Widened():
         loss = _differentiated(model, example)
     trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
