@@ -440,9 +440,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.linear = nn.Linear(width, width)
+        self.in_place = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(self.norm(x)))
+        branch = torch.tanh(self.linear(self.norm(x)))
+        return x.add_(branch) if self.in_place else x + branch
 
 
 class Stages(nn.Module):
@@ -604,3 +606,17 @@ UNFIT = [(Streams, "carry 2 streams side by side"), (Turns, "are called in turns
 def test_stacks_that_make_no_chain(kind, message):
     with pytest.raises(RuleError, match=message):
         surgery.plan(kind(), Rule(Shortcuts(across="project")), example=torch.randn(2, 8))
+
+
+def test_blocks_that_write_to_their_input_are_left_out():
+    model, x = Stages(nn.Linear(8, 12), (8, 12)), torch.randn(2, 5, 8)
+    model.second[1].in_place = True
+    rule = Rule(Shortcuts(across="project", init="identity"))
+    before = model(x)
+    plan = surgery.plan(model, rule, example=x)
+    (edit,) = plan.edits
+    why = "it gives back the tensor it was given, changed in place or not at all"
+    assert f"second.1 is left out: {why}" in edit.notes
+    assert edit.payload["members"] == ["first.0", "first.1", "second.0", "second.2"]
+    plan.apply()
+    assert torch.equal(model(x), before)

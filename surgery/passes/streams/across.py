@@ -174,10 +174,8 @@ def find_chains(
     rows: list[tuple[Stack, list[Call]]] = []
     for stack, layers in stacks:
         _check_one_stream(stack, find_runs(trace, layers, model).found)
-        for path in layers:
-            if path not in first:
-                left_out[path] = "the example's forward does not call it"
-        called = [first[path] for path in layers if path in first]
+        left_out.update({path: why for path in layers if (why := _why_not(first.get(path)))})
+        called = [first[path] for path in layers if path not in left_out]
         if called:
             rows.append((stack, sorted(called, key=lambda call: order[call.path])))
     rows.sort(key=lambda row: order[row[1][0].path])
@@ -189,6 +187,19 @@ def find_chains(
         else:
             left_out[links[0].call.path] = "no other block comes right before or after it"
     return chains, left_out
+
+
+def _why_not(call: Call | None) -> str:
+    """Why a block cannot be a site; empty if it can."""
+    if call is None:
+        return "the example's forward does not call it"
+    given = {**float_leaves(call.args), **float_leaves(call.kwargs)}
+    made = float_leaves(call.result)
+    if not given or not made:
+        return "it takes in or gives out no tensor"
+    if next(iter(made.values())) in given.values():
+        return "it gives back the tensor it was given, changed in place or not at all"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,29 +237,29 @@ def _linked(rows: Sequence[tuple[Stack, Sequence[Call]]]) -> Iterator[list[_Link
     chain: list[_Link] = []
     for stack, calls in rows:
         for call in calls:
-            link = _link(stack, call, chain[-1] if chain else None)
+            link = _link(stack, call, chain[-1]) if chain else None
             if link is None and chain:
                 yield chain
                 chain = []
-                link = _link(stack, call, None)
-            if link is not None:
-                chain.append(link)
+            chain.append(link or _first_link(stack, call))
     if chain:
         yield chain
 
 
-def _link(stack: Stack, call: Call, before: _Link | None) -> _Link | None:
+def _first_link(stack: Stack, call: Call) -> _Link:
     given = {**float_leaves(call.args), **float_leaves(call.kwargs)}
     made = float_leaves(call.result)
-    if not given or not made:
+    return _Link(stack, call, next(iter(given.items())), next(iter(made.items())))
+
+
+def _link(stack: Stack, call: Call, before: _Link) -> _Link | None:
+    """The block as the next one of a chain; None if its state is not what came before."""
+    given = {**float_leaves(call.args), **float_leaves(call.kwargs)}
+    place, made = before.entry[0], next(iter(float_leaves(call.result).items()))
+    node = given.get(place)
+    if node is None or not comes_of(node, before.exit[1]) or made[0] != before.exit[0]:
         return None
-    result = next(iter(made.items()))
-    if before is None:
-        return _Link(stack, call, next(iter(given.items())), result)
-    path, node = before.entry[0], given.get(before.entry[0])
-    if node is None or not comes_of(node, before.exit[1]) or result[0] != before.exit[0]:
-        return None
-    return _Link(stack, call, (path, node), result)
+    return _Link(stack, call, (place, node), made)
 
 
 def _chain(links: Sequence[_Link], model: nn.Module) -> Chain:
