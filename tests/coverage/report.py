@@ -121,9 +121,8 @@ def _named(record: Record, names: Iterable[str]) -> dict[str, Result]:
 def reached(record: Record, names: Iterable[str]) -> bool:
     """Whether all of these models were examined and reach the goals."""
     wanted = list(names)
-    return set(wanted) <= set(record["models"]) and all(
-        enough for *_, enough in _goals(_named(record, wanted))
-    )
+    goals = _goals(_named(record, wanted))
+    return set(wanted) <= set(record["models"]) and all(enough for *_, enough in goals)
 
 
 def summary(record: Record, names: Iterable[str]) -> str:
