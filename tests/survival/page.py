@@ -111,17 +111,19 @@ def _table(
     reduced: bool = False,
 ) -> str:
     rows = [row for row in ROWS if row.reduced or not reduced]
-    shown = [row for row in rows if any((m, c, row.key) in cells for m, c in keys)]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for row in shown:
-        signs = [_sign(cells.get((m, c, row.key)), causes) for m, c in keys]
+    for row in rows:
+        signs = [
+            _sign(cells.get((m, c, row.key)), causes) if row.applies(NAMED[m]) else ""
+            for m, c in keys
+        ]
         lines.append(f"| {row.title} | {' | '.join(signs)} |")
     return "\n".join(lines)
 
 
 def _sign(cell: Cell | None, causes: dict[str, int]) -> str:
     if cell is None:
-        return ""
+        return "**?**"
     number = f"{causes[cell.cause]}" if cell.cause else ""
     return f"{SIGNS[cell.status]} {number}".strip()
 
