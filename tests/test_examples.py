@@ -34,7 +34,7 @@ def test_example(script: str, tmp_path: Path) -> None:
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
