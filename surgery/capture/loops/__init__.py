@@ -20,6 +20,7 @@ and then, in place of
     ``checkpoint(partial(layer, ...), ...)``    likewise
     ``checkpoint(function_around_layer, ...)``  ``steps.through(checkpoint, layer)(...)``
     ``checkpoint_seq(self.blocks, ...)``        ``steps.sequence(checkpoint_seq)(self.blocks, ...)``
+    ``self.children()``                         ``steps.view(self.children)()``
 
 What the runtime promises
 =========================
@@ -40,6 +41,10 @@ What the runtime promises
     a callable ``(blocks, *args, **kwargs)`` that runs ``function`` so that every block of
     ``blocks`` (a Sequential, a list, a slice or an iterator) runs in order with mixing in between.
     For foreign blocks it is ``function``.
+
+``steps.view(function)``
+    a callable that lists what ``function``, the ``children`` or ``named_children`` of the
+    container, does: the blocks, without what the runtime itself keeps beside them.
 
 Where a name may be a block of several containers, their steps are nested:
 ``first_steps(second_steps(block))(x)``. A loop inside another reaches ``begin`` once: a block that

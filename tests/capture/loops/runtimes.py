@@ -53,6 +53,9 @@ class Steps:
 
         return run
 
+    def view(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        return function
+
     def after(self, block: nn.Module | None, result: Any) -> Any:
         _log.blocks = [*getattr(_log, "blocks", []), block]
         return result
