@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -189,7 +190,8 @@ def write(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _of_record(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("tracebacks", "name")}
+    kept = {key: value for key, value in result.items() if key not in ("tracebacks", "name")}
+    return json.loads(re.sub(r"/[^\s\"`()]*/site-packages/", "", json.dumps(kept)))
 
 
 def main() -> int:
