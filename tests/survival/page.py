@@ -88,7 +88,7 @@ the library: the stock model with hooks at block scope, blocks written anew at r
 process of its own.
 
 ✓ passes. A number: the unmodified model fails this row too, and the cause is listed under that
-number. **✗**: it fails. An empty cell: the model has no such call."""
+number. **✗**: it fails. **?**: not run yet. Empty: the model has no such call."""
 
 SIGNS = {"pass": "✓", "excused": "", "FAIL": "**✗**"}
 
