@@ -157,7 +157,7 @@ def main() -> None:
     jobs = list(cells(subjects, options.columns, [BY_KEY[key] for key in options.rows]))
     began = time.monotonic()
     done: list[Cell] = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what is done is kept"))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -176,6 +176,11 @@ def main() -> None:
     failed = [cell for cell in done if cell.status == "FAIL"]
     print(f"{len(done)} cells, {len(failed)} failed")  # noqa: T201  the summary of a command
     sys.exit(bool(failed))
+
+
+def _stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the writing off
+    sys.exit("stopped; what is done is kept")
 
 
 def _options() -> argparse.Namespace:
