@@ -545,7 +545,8 @@ class Scan:
         if called.own:
             found += [self._own_call(name, node, values, named) for name in called.own]
             return join(*found)
-        if called.items is not None and self._containers(called.items):
+        items = called.items
+        if items is not None and self._containers(items) and not _is_module(items):
             self._may_run("a part of the stack is called as a module", node, called)
         return join(*found, self._outside(node, called, values, named))
 
