@@ -317,13 +317,14 @@ def _refuse_conflicts(proposed: Sequence[Edit], others: Sequence[Edit], *, appli
                 way_out = (
                     "undo the earlier one first" if applied else "keep them apart with except:"
                 )
+                if {edit.pass_name, other.pass_name} == {"lowrank"}:
+                    way_out += ", or give their adapters different names (adapter: NAME)"
                 when = "was applied to this model before" if applied else "comes earlier"
                 raise Conflict(
                     f"rules {other.rule!r} and {edit.rule!r} both change {thing} at "
                     f"{edit.site}: {other.rule!r} ({other.summary}) {when}, "
                     f"{edit.rule!r} would {edit.summary}",
-                    hint=f"{way_out}, or give what they add different names "
-                    "(for lowrank, adapter: NAME)",
+                    hint=way_out,
                 )
 
 

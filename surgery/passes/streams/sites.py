@@ -96,7 +96,8 @@ def plan_sites(run: Run, sites: ModelMap, mode: Mode, *, scaled: bool) -> tuple[
             key = forward_mixin(_NAME, made, block, edit).surgery_key
         except CaptureError as error:
             raise CaptureError(f"{path}: {error.message}", hint=error.hint) from error
-        found.extend(find_residuals(made.graph, block))
+        # Within a block a state may be reshaped; what enters the next one is of one shape again.
+        found.append(find_residuals(made.graph, block)[0])
         plans.append(BlockPlan(path, key, edit, inline[path]))
     _check_shapes(run, found)
     return tuple(plans)
