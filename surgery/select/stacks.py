@@ -16,6 +16,7 @@ from torch import nn
 from surgery.capture.graft import stock_class
 from surgery.select.sites import is_container, is_layer, layer_widths, own_children, own_parameters
 
+_MORE_THAN_STAGES = 7
 Named = tuple[str, nn.Module]
 Signature = dict[str, tuple[int, ...]]
 _SIBLINGS = 3
@@ -77,7 +78,9 @@ def _lists(path: str, module: nn.Module) -> Iterator[Stack]:
     found = _list_stacks(path, module)
     covered = {layer for stack in found for layer in stack.layers}
     children = [(_join(path, name), child) for name, child in own_children(module).items()]
-    partial = len(covered) < len(children)
+    # More in a row than a network has stages are blocks, whatever lists these hold (Xception).
+    longest = max((len(stack) for stack in found), default=0)
+    partial = len(covered) < len(children) and longest < _MORE_THAN_STAGES
     if found and partial and any(_has_list(child) for at, child in children if at in covered):
         # Half of a list of stages that happen to be alike: the runs inside them are the stacks.
         found, covered = [], set[str]()
