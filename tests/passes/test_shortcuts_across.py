@@ -484,7 +484,7 @@ def test_tokens_whose_width_changes():
     randomise(model)
     (segment,) = (segment for *_, segment in all_segments(model))
     assert segment.members == ("first.0", "first.1", "second.0", "second.1", "second.2")
-    (cut,), weights = segment.cuts, segment().detach()
+    (cut,), weights = segment.cuts.children(), segment().detach()
     state, states = x, []
     for index, member in enumerate(segment.members):
         if index == 2:
