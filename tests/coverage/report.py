@@ -59,7 +59,7 @@ def causes(result: Result) -> list[str]:
     off = result["findings"].get("own_gradient_off")
     if off is not None:
         found.append(
-            "shortcuts_differences is excused: the gradient that torch computes of the unmodified "
+            "the differences are excused: the gradient that torch computes of the unmodified "
             f"model is off its differences by {off:.1e} as well"
         )
     if result["refused"]:
