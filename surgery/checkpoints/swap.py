@@ -97,11 +97,17 @@ def tidy(target: Path) -> None:
 
 
 def _check_target(target: Path, check: Callable[[Path], None]) -> None:
-    if target.is_dir():
-        if any(target.iterdir()):
-            check(target)
-    elif target.exists():
-        raise CheckpointError(f"{target} is a file, expected a folder or a path to create one at")
+    # One question, one answer: another thread may be putting a folder there at this moment.
+    try:
+        filled = any(target.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise CheckpointError(
+            f"{target} is a file, expected a folder or a path to create one at"
+        ) from None
+    if filled:
+        check(target)
 
 
 def _beside(target: Path, kind: str) -> str:
