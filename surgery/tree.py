@@ -43,6 +43,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in own.items() if buffer is not None}
 
 
+def joined(*parts: str) -> str:
+    """A dotted path of its parts, of which the empty one stands for the root."""
+    return ".".join(filter(None, parts))
+
+
 def children(module: nn.Module) -> dict[str, nn.Module]:
     """The children registered on this very module, by name; None entries are left out."""
     own = cast("dict[str, nn.Module | None]", module.__dict__["_modules"])

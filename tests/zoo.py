@@ -53,16 +53,17 @@ def _noise(name: str, like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.dtype)
 
 
-def _randn(*shape: int, seed: int = 7) -> Tensor:
+def randn(*shape: int, seed: int = 7) -> Tensor:
+    """Seeded noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _ids(batch: int = 2, length: int = 12, *, vocab: int = VOCAB, seed: int = 7) -> Tensor:
+def ids(batch: int = 2, length: int = 12, *, vocab: int = VOCAB, seed: int = 7) -> Tensor:
     """Token ids that avoid the special ones at the bottom of the vocabulary."""
     return torch.randint(5, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _padding(batch: int = 2, length: int = 12) -> Tensor:
+def padding(batch: int = 2, length: int = 12) -> Tensor:
     """Ones, except for the last two tokens of the last sequence."""
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
@@ -70,7 +71,7 @@ def _padding(batch: int = 2, length: int = 12) -> Tensor:
 
 
 def _text() -> Example:
-    return Example((), {"input_ids": _ids(), "attention_mask": _padding()})
+    return Example((), {"input_ids": ids(), "attention_mask": padding()})
 
 
 def _causal(config: str, model: str, **fields: Any) -> Callable[[], Entry]:
@@ -162,9 +163,9 @@ def _t5() -> Entry:
     example = Example(
         (),
         {
-            "input_ids": _ids(),
-            "attention_mask": _padding(),
-            "decoder_input_ids": _ids(length=8, seed=8),
+            "input_ids": ids(),
+            "attention_mask": padding(),
+            "decoder_input_ids": ids(length=8, seed=8),
         },
     )
     return T5ForConditionalGeneration(T5Config(**fields)), example
@@ -181,7 +182,7 @@ def _vit() -> Entry:
         image_size=32,
         patch_size=8,
     )
-    return ViTModel(config), Example((), {"pixel_values": _randn(2, 3, 32, 32)})
+    return ViTModel(config), Example((), {"pixel_values": randn(2, 3, 32, 32)})
 
 
 def _whisper() -> Entry:
@@ -206,9 +207,7 @@ def _whisper() -> Entry:
         suppress_tokens=[],
         begin_suppress_tokens=[],
     )
-    example = Example(
-        (), {"input_features": _randn(2, 16, 32), "decoder_input_ids": _ids(length=8)}
-    )
+    example = Example((), {"input_features": randn(2, 16, 32), "decoder_input_ids": ids(length=8)})
     return WhisperForConditionalGeneration(config), example
 
 
@@ -230,9 +229,9 @@ def _unet() -> Entry:
     return model, Example(
         (),
         {
-            "sample": _randn(2, 4, 16, 16),
+            "sample": randn(2, 4, 16, 16),
             "timestep": torch.tensor([3, 17]),
-            "encoder_hidden_states": _randn(2, 6, 24, seed=8),
+            "encoder_hidden_states": randn(2, 6, 24, seed=8),
         },
     )
 
@@ -254,7 +253,7 @@ def _dit() -> Entry:
     return model, Example(
         (),
         {
-            "hidden_states": _randn(2, 4, 8, 8),
+            "hidden_states": randn(2, 4, 8, 8),
             "timestep": torch.tensor([3, 7]),
             "class_labels": torch.tensor([1, 6]),
         },
@@ -280,11 +279,11 @@ def _pixart() -> Entry:
     return model, Example(
         (),
         {
-            "hidden_states": _randn(2, 4, 8, 8),
-            "encoder_hidden_states": _randn(2, 6, 24, seed=8),
+            "hidden_states": randn(2, 4, 8, 8),
+            "encoder_hidden_states": randn(2, 6, 24, seed=8),
             "timestep": torch.tensor([3, 7]),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-            "encoder_attention_mask": _padding(length=6),
+            "encoder_attention_mask": padding(length=6),
         },
     )
 
@@ -309,9 +308,9 @@ def _sd3() -> Entry:
     return model, Example(
         (),
         {
-            "hidden_states": _randn(2, 4, 8, 8),
-            "encoder_hidden_states": _randn(2, 6, 24, seed=8),
-            "pooled_projections": _randn(2, 20, seed=9),
+            "hidden_states": randn(2, 4, 8, 8),
+            "encoder_hidden_states": randn(2, 6, 24, seed=8),
+            "pooled_projections": randn(2, 20, seed=9),
             "timestep": torch.tensor([3.0, 17.0]),
         },
     )
@@ -337,9 +336,9 @@ def _flux() -> Entry:
     return model, Example(
         (),
         {
-            "hidden_states": _randn(2, 16, 8),
-            "encoder_hidden_states": _randn(2, 6, 24, seed=8),
-            "pooled_projections": _randn(2, 20, seed=9),
+            "hidden_states": randn(2, 16, 8),
+            "encoder_hidden_states": randn(2, 6, 24, seed=8),
+            "pooled_projections": randn(2, 20, seed=9),
             "timestep": torch.tensor([0.3, 0.7]),
             "img_ids": img_ids,
             "txt_ids": torch.zeros(6, 3),
@@ -362,7 +361,7 @@ def _autoencoder() -> Entry:
         "norm_num_groups": 8,
         "sample_size": 16,
     }
-    return AutoencoderKL(**fields), Example((), {"sample": _randn(2, 3, 16, 16)})
+    return AutoencoderKL(**fields), Example((), {"sample": randn(2, 3, 16, 16)})
 
 
 def _timm(architecture: str, size: int, **arguments: Any) -> Callable[[], Entry]:
@@ -370,7 +369,7 @@ def _timm(architecture: str, size: int, **arguments: Any) -> Callable[[], Entry]
         import timm
 
         model = timm.create_model(architecture, num_classes=10, **arguments)
-        return model, Example((_randn(2, 3, size, size),))
+        return model, Example((randn(2, 3, size, size),))
 
     return make
 
@@ -390,7 +389,7 @@ def _metaformer(architecture: str, **arguments: Any) -> Entry:
         feature_cfg={"out_indices": (0, 1, 2, 3)},
         **arguments,
     )
-    return model, Example((_randn(2, 3, 64, 64),))
+    return model, Example((randn(2, 3, 64, 64),))
 
 
 def _poolformer() -> Entry:

@@ -9,8 +9,8 @@ from typing import Any, cast
 from torch import fx
 
 from surgery.capture.guards import assign, expect
+from surgery.capture.nodes import specs
 from surgery.capture.signs import PREFIXES, SIGNS
-from surgery.capture.structure import leaves
 from surgery.capture.values import TensorSpec
 
 
@@ -84,6 +84,4 @@ def is_fact(node: fx.Node) -> bool:
 
 def holds_tensor(value: Any) -> bool:
     """True for a node with a tensor in its value."""
-    if not isinstance(value, fx.Node):
-        return False
-    return any(isinstance(leaf, TensorSpec) for leaf in leaves(value.meta.get("val")))
+    return isinstance(value, fx.Node) and bool(specs(value))

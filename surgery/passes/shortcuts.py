@@ -47,7 +47,7 @@ from surgery.residuals import Residual
 from surgery.rules import Where, invalid, options
 from surgery.select import Match, ModelMap, Site, Stack, stacks_meant
 from surgery.table import collapse
-from surgery.tree import children
+from surgery.tree import children, joined
 
 
 def _known_topology(name: str) -> str:
@@ -204,7 +204,7 @@ class Shortcuts(Pass):
             segments.train(holder.training)
         segment = self._segment(edit).train(holder.training)
         if isinstance(segment, AcrossSegment):
-            name = ".".join(filter(None, (path, CHILD, edit.payload["number"])))
+            name = joined(path, CHILD, edit.payload["number"])
             segment.draw(lambda parameter: _seeded(context, f"{name}.{parameter}"))
         segment.to(_device(holder))
         segments.add_module(edit.payload["number"], segment)
@@ -219,34 +219,19 @@ class Shortcuts(Pass):
             drive(model, path, _captured(edit))
         except BaseException:
             ungraft_blocks(model, plans)
-            self._take_out(holder, edit)
+            if _take_out(holder, edit):
+                _uncover(holder)
             raise
 
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take the coefficients out, with the last ones also the rewritten code."""
         path = edit.payload["holder"]
         holder = context.module(model, path)
-        segments = cast("Segments", segments_of(holder))
-        last = len(children(segments)) == 1
         ungraft_blocks(model, _plans(edit))
-        if last:
-            del holder.__dict__["_modules"][CHILD]
-            release(model, path)
-            mixin = holder_mixin(holder)
-            if mixin is not None:
-                ungraft(holder, mixin)
-            return
-        del segments.__dict__["_modules"][edit.payload["number"]]
+        last = _take_out(holder, edit)
         release(model, path)
-
-    def _take_out(self, holder: nn.Module, edit: Edit) -> None:
-        segments = cast("Segments", segments_of(holder))
-        del segments.__dict__["_modules"][edit.payload["number"]]
-        if not children(segments):
-            del holder.__dict__["_modules"][CHILD]
-            mixin = holder_mixin(holder)
-            if mixin is not None:
-                ungraft(holder, mixin)
+        if last:
+            _uncover(holder)
 
     # -- planning ------------------------------------------------------------------------------
 
@@ -258,31 +243,7 @@ class Shortcuts(Pass):
         numbers: _Numbers,
         left_out: Mapping[str, str],
     ) -> Edit:
-        holder = stack.path
-        prefix = f"{holder}." if holder else ""
-        members = [path.removeprefix(prefix) for path in run.layers]
-        module = context.model.get_submodule(holder)
-        check_graftable(module, holder or stock_class(module).__name__)
-        _check_free(module, holder)
-        example = context.map.resolved_example
-        captured = plan_driver(
-            context.model,
-            context.map.trace,
-            (example.args, example.kwargs),
-            holder=holder,
-            members=members,
-            calls=run.calls,
-        )
-        number = numbers.next(holder)
-        payload: dict[str, Any] = {
-            "holder": holder,
-            "number": number,
-            "members": members,
-            "streams": [stream.dump() for stream in run.streams],
-            "sites": len(run),
-        }
-        if captured is not None:
-            payload["captured"] = captured.dump()
+        payload, captured = _planned(context, stack.path, run, plan_driver, numbers)
         if self.scope == "residual":
             plans = plan_sites(run, context.map, self.mode, scaled=self._weighs_sums)
             payload["blocks"] = [plan.dump() for plan in plans]
@@ -299,30 +260,10 @@ class Shortcuts(Pass):
         residuals = _residuals_in(chain.layers, context.map)
         if not self.plain_blocks and not any(residuals):
             raise _nothing_to_rewire(dict.fromkeys(chain.layers, _PLAIN), context.map)
-        holder = chain.holder
-        members = [path.removeprefix(f"{holder}.") for path in chain.layers]
-        module = context.model.get_submodule(holder)
-        check_graftable(module, holder or stock_class(module).__name__)
-        _check_free(module, holder)
-        example = context.map.resolved_example
-        captured = plan_across(
-            context.model,
-            context.map.trace,
-            (example.args, example.kwargs),
-            holder=holder,
-            members=members,
-            calls=chain.calls,
-        )
-        payload: dict[str, Any] = {
-            "holder": holder,
-            "number": numbers.next(holder),
-            "members": members,
-            "streams": [chain.stream.dump()],
-            "sites": len(members),
-            "captured": captured.dump(),
-            "cuts": [cut.dump() for cut in chain.cuts],
-        }
-        notes = [f"one matrix for {len(chain.stacks)} stacks: {captured.note()}"]
+        payload, captured = _planned(context, chain.holder, chain, plan_across, numbers)
+        payload["cuts"] = [cut.dump() for cut in chain.cuts]
+        how = "" if captured is None else f": {captured.note()}"
+        notes = [f"one matrix for {len(chain.stacks)} stacks{how}"]
         return self._made(context, payload, chain.layers, chain.shapes, notes)
 
     def _check_across(self, chain: Chain) -> None:
@@ -348,11 +289,10 @@ class Shortcuts(Pass):
         notes: Sequence[str],
     ) -> Edit:
         holder, members = payload["holder"], payload["members"]
-        prefix = f"{holder}." if holder else ""
         edit = Edit(
             rule=context.rule,
             pass_name=self.name,
-            site=f"{prefix}{members[0]}..{members[-1]}",
+            site=f"{joined(holder, members[0])}..{members[-1]}",
             summary=self._summary(payload["sites"], shapes, len(payload.get("cuts", ()))),
             adds={},
             uses={f"the shortcuts of {path}": "replace" for path in layers},
@@ -360,7 +300,7 @@ class Shortcuts(Pass):
             payload=payload,
             notes=tuple(notes),
         )
-        name = ".".join(filter(None, (holder, CHILD, payload["number"])))
+        name = joined(holder, CHILD, payload["number"])
         return dataclasses.replace(edit, adds=_specs(name, self._segment(edit)))
 
     def _summary(self, sites: int, shapes: Sequence[str], cuts: int) -> str:
@@ -370,25 +310,20 @@ class Shortcuts(Pass):
 
     def _segment(self, edit: Edit) -> Segment:
         payload = edit.payload
+        topology = self._topology(payload["sites"])
         diagonal, shown = self._diagonals()
+        given: dict[str, Any] = {
+            "diagonal": diagonal,
+            "shown": shown,
+            "members": payload["members"],
+            "streams": [Stream.load(stream) for stream in payload["streams"]],
+        }
         if "cuts" in payload:
-            return AcrossSegment(
-                self._topology(payload["sites"]),
-                diagonal=diagonal,
-                shown=shown,
-                members=payload["members"],
-                streams=[Stream.load(stream) for stream in payload["streams"]],
-                cuts=[CutPlan(**cut) for cut in payload["cuts"]],
-                generator=torch.Generator().manual_seed(0),
-            )
-        return Segment(
-            self._topology(payload["sites"]),
-            diagonal=diagonal,
-            shown=shown,
-            members=payload["members"],
-            streams=[Stream.load(stream) for stream in payload["streams"]],
-            counts=[plan.sites for plan in _plans(edit)] if "blocks" in payload else None,
-        )
+            cuts = [CutPlan(**cut) for cut in payload["cuts"]]
+            generator = torch.Generator().manual_seed(0)
+            return AcrossSegment(topology, **given, cuts=cuts, generator=generator)
+        counts = [plan.sites for plan in _plans(edit)] if "blocks" in payload else None
+        return Segment(topology, **given, counts=counts)
 
     def _diagonals(self) -> tuple[float, float]:
         """What is added to the softmax on the diagonal when mixing, and when shown."""
@@ -435,6 +370,56 @@ class _Numbers:
         number = self._next.get(holder, 0)
         self._next[holder] = number + 1
         return str(number)
+
+
+def _planned(
+    context: PlanContext,
+    holder: str,
+    blocks: Run | Chain,
+    plan: Callable[..., Captured | None],
+    numbers: _Numbers,
+) -> tuple[dict[str, Any], Captured | None]:
+    """What every edit says of its blocks, and how the code that calls them is captured, if so."""
+    module = context.model.get_submodule(holder)
+    check_graftable(module, holder or stock_class(module).__name__)
+    _check_free(module, holder)
+    members = [path.removeprefix(f"{holder}.") for path in blocks.layers]
+    example = context.map.resolved_example
+    captured = plan(
+        context.model,
+        context.map.trace,
+        (example.args, example.kwargs),
+        holder=holder,
+        members=members,
+        calls=blocks.calls,
+    )
+    payload: dict[str, Any] = {
+        "holder": holder,
+        "number": numbers.next(holder),
+        "members": members,
+        "streams": [stream.dump() for stream in blocks.streams],
+        "sites": len(members),
+    }
+    if captured is not None:
+        payload["captured"] = captured.dump()
+    return payload, captured
+
+
+def _take_out(holder: nn.Module, edit: Edit) -> bool:
+    """Remove a segment from its holder; True if it was the last one."""
+    segments = cast("Segments", segments_of(holder))
+    del segments.__dict__["_modules"][edit.payload["number"]]
+    if children(segments):
+        return False
+    del holder.__dict__["_modules"][CHILD]
+    return True
+
+
+def _uncover(holder: nn.Module) -> None:
+    """Take off what hid the segments, once there are none."""
+    mixin = holder_mixin(holder)
+    if mixin is not None:
+        ungraft(holder, mixin)
 
 
 def _built(

@@ -11,8 +11,9 @@ from typing import cast
 from torch import fx, nn
 
 from surgery.capture import TensorSpec
+from surgery.capture.nodes import op_name, spec
 from surgery.residuals.flow import Flow, sweep_back
-from surgery.residuals.ops import Effect, op_name, spec
+from surgery.residuals.ops import Effect
 from surgery.residuals.regions import Region, Regions
 from surgery.residuals.residual import Kind, Residual
 

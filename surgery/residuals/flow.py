@@ -8,15 +8,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from surgery.residuals.ops import (
-    Effect,
-    effect_of,
-    module_effect,
-    op_name,
-    spec,
-    tensors_in,
-    weight_layers,
-)
+from surgery.capture.nodes import op_name, operands, spec, specs
+from surgery.residuals.ops import Effect, effect_of, module_effect, weight_layers
 
 _VIEWS = frozenset({Effect.LAYOUT, Effect.PART, Effect.STRIDE})
 
@@ -50,10 +43,7 @@ class Flow:
 
     def is_float(self, node: fx.Node) -> bool:
         """Whether it has a tensor that gradients could flow through."""
-        return any(
-            found.dtype.is_floating_point or found.dtype.is_complex
-            for found in tensors_in(node.meta.get("val"))
-        )
+        return any(found.dtype.is_floating_point or found.dtype.is_complex for found in specs(node))
 
     def live_reads(self, node: fx.Node) -> list[fx.Node]:
         """The operands that depend on what the forward is called with, each once."""
@@ -61,7 +51,7 @@ class Flow:
 
     def numel(self, node: fx.Node) -> int:
         """Number of elements of all its tensors."""
-        return sum(math.prod(found.shape) for found in tensors_in(node.meta.get("val")))
+        return sum(math.prod(found.shape) for found in specs(node))
 
     def has_more(self, node: fx.Node) -> bool:
         """Whether the module of a node is more than torch's own, such as a norm that activates."""
@@ -77,10 +67,10 @@ class Flow:
     def _visit(self, node: fx.Node) -> None:
         self.users[node] = []
         self.effect[node] = effect = effect_of(node, self._root)
-        operands = tuple(self._operands(node))
+        read = tuple(self._operands(node))
         if effect in (Effect.CAST, Effect.LAYOUT):
-            operands = operands[:1]  # the other one gives the type or the shape
-        self.reads[node] = () if effect is Effect.MAKE else operands
+            read = read[:1]  # the other one gives the type or the shape
+        self.reads[node] = () if effect is Effect.MAKE else read
         for each in dict.fromkeys(self.reads[node]):
             self.users[each].append(node)
         if node.op == "get_attr" and node.target in self._parameters:
@@ -95,13 +85,11 @@ class Flow:
 
     def _operands(self, node: fx.Node) -> Iterator[fx.Node]:
         """What it reads tensors from; what was written to in place, as it is after the write."""
-        for each in _nodes((node.args, node.kwargs)):
-            if not tensors_in(each.meta.get("val")):
-                continue
-            found = each
-            while found in self._written:
-                found = self._written[found]
-            yield found
+        for operand in operands(node):
+            written = operand
+            while written in self._written:
+                written = self._written[written]
+            yield written
 
     def _note_write(self, node: fx.Node) -> None:
         """Everything that shares memory with the written tensor is read from ``node`` on."""
@@ -160,21 +148,6 @@ def _has_step(value: Any) -> bool:
     if isinstance(value, slice):
         return cast("slice[Any, Any, Any]", value).step not in (None, 1)
     return isinstance(value, tuple | list) and any(map(_has_step, cast("list[Any]", value)))
-
-
-def _nodes(value: Any) -> Iterator[fx.Node]:
-    """The nodes in an argument, as often as they occur."""
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in cast("list[Any]", value):
-            yield from _nodes(item)
-    elif isinstance(value, dict):
-        for item in cast("dict[Any, Any]", value).values():
-            yield from _nodes(item)
-    elif isinstance(value, slice):
-        bounds = cast("slice[Any, Any, Any]", value)
-        yield from _nodes((bounds.start, bounds.stop, bounds.step))
 
 
 def sweep_back(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum, auto
-from functools import cache
-from typing import Any, cast
+from typing import cast
 
 from torch import fx, nn
 
-from surgery.capture import TensorSpec
+from surgery.capture.nodes import op_name
 
 
 class Effect(Enum):
@@ -182,33 +181,3 @@ def _has_weight(module: nn.Module) -> bool:
         return True
     own = module.parameters(recurse=False)
     return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in own)
-
-
-def op_name(node: fx.Node) -> str:
-    """The plain name of what a node calls: ``add`` for ``operator.add``, ``Tensor.add_``, ..."""
-    if node.target is getattr:
-        return str(node.args[1])
-    return _plain_name(node.target)
-
-
-@cache
-def _plain_name(target: object) -> str:
-    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
-    return name.partition(".")[0].rstrip("_")
-
-
-def spec(node: fx.Node) -> TensorSpec | None:
-    """Shape and type of a node's tensor; None if it is a number or several tensors."""
-    value = node.meta.get("val")
-    return value if isinstance(value, TensorSpec) else None
-
-
-def tensors_in(value: Any) -> list[TensorSpec]:
-    """The tensors in a ``meta["val"]``."""
-    if isinstance(value, TensorSpec):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(cast("dict[Any, Any]", value).values())
-    if not isinstance(value, tuple | list):
-        return []
-    return [found for item in cast("tuple[Any, ...]", value) for found in tensors_in(item)]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.sources.examples import Example
-from tests.zoo import perturb
+from tests import zoo
+from tests.zoo import padding, perturb, randn
 
 VOCAB = 96
 DROP = 0.1
@@ -108,23 +109,9 @@ class Subject:
         return Example(example.args, {**example.kwargs, **self.quiet}) if quiet else example
 
 
-def randn(*shape: int, seed: int = 7) -> Tensor:
-    """Seeded noise."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def ids(batch: int, length: int, seed: int = 7) -> Tensor:
-    """Token ids that avoid the special ones at the bottom of the vocabulary."""
-    return torch.randint(
-        5, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed + length)
-    )
-
-
-def padding(batch: int, length: int) -> Tensor:
-    """Ones, except for the last two tokens of the last sequence."""
-    mask = torch.ones(batch, length, dtype=torch.long)
-    mask[-1, -2:] = 0
-    return mask
+    """Token ids that differ between lengths from the first on."""
+    return zoo.ids(batch, length, vocab=VOCAB, seed=seed + length)
 
 
 def _text(batch: int, length: int) -> Example:

@@ -76,7 +76,7 @@ class Chain:
         stacks: The stacks that they come from.
         layers: Paths of the blocks, in the order they are called.
         calls: The call of each block in the trace.
-        stream: Where each block takes the state in and gives it out.
+        streams: Where each block takes the state in and gives it out.
         shapes: The shapes of the state, in order.
         cuts: Where it changes.
     """
@@ -84,7 +84,7 @@ class Chain:
     stacks: tuple[Stack, ...]
     layers: tuple[str, ...]
     calls: tuple[Call, ...]
-    stream: Stream
+    streams: tuple[Stream, ...]
     shapes: tuple[str, ...]
     cuts: tuple[CutPlan, ...]
 
@@ -270,7 +270,7 @@ def _chain(links: Sequence[_Link], model: nn.Module) -> Chain:
         tuple(dict.fromkeys(link.stack for link in links)),
         tuple(call.path for call in calls),
         calls,
-        stream_of(calls, (links[0].entry[0], links[0].exit[0]), model),
+        (stream_of(calls, (links[0].entry[0], links[0].exit[0]), model),),
         tuple(dict.fromkeys(str(spec) for spec in shapes)),
         cuts,
     )

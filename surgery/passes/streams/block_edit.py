@@ -79,7 +79,9 @@ class BlockEdit:
         return _Rewiring(self, made, found, module).done()
 
 
-def plan_block(made: Capture, module: nn.Module, *, mode: Mode, scaled: bool = False) -> BlockEdit:
+def plan_block(
+    made: Capture, found: Sequence[Residual], *, mode: Mode, scaled: bool = False
+) -> BlockEdit:
     """The edit that makes every residual addition of a captured block a site.
 
     Additions that follow one another are sites of one stream; a block with several inputs side by
@@ -87,14 +89,13 @@ def plan_block(made: Capture, module: nn.Module, *, mode: Mode, scaled: bool = F
 
     Args:
         made: The block's capture, with what performs its additions inlined (`owners_inlined`).
-        module: The block.
+        found: The residual additions of its graph.
         mode: See `BlockEdit`.
         scaled: See `BlockEdit`.
 
     Raises:
         CaptureError: the block has no residual addition.
     """
-    found = find_residuals(made.graph, module)
     if not found:
         raise CaptureError(f"{made.kind}: no residual addition in its own forward")
     owners = tuple(residual.owner for residual in found)

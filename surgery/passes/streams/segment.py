@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -15,8 +15,6 @@ from surgery.tree import children, named_modules
 
 #: Name of the child under which a holder of blocks keeps its segments.
 CHILD = "shortcuts"
-
-Scope = Literal["block", "residual"]
 
 
 class Fixed(Topology):

@@ -85,21 +85,22 @@ def plan_sites(run: Run, sites: ModelMap, mode: Mode, *, scaled: bool) -> tuple[
     example = sites.resolved_example
     model = sites.model
     captures = capture_blocks(model, example.args, example.kwargs, paths=run.layers, inline=inline)
-    found: list[Residual] = []
+    firsts: list[Residual] = []
     plans: list[BlockPlan] = []
     for path in run.layers:
         block, made = model.get_submodule(path), captures[path]
         check_graftable(block, path)
         try:
-            edit = plan_block(made, block, mode=mode, scaled=scaled)
+            found = find_residuals(made.graph, block)
+            edit = plan_block(made, found, mode=mode, scaled=scaled)
             _check_one_stream(path, edit)
             key = forward_mixin(_NAME, made, block, edit).surgery_key
         except CaptureError as error:
             raise CaptureError(f"{path}: {error.message}", hint=error.hint) from error
         # Within a block a state may be reshaped; what enters the next one is of one shape again.
-        found.append(find_residuals(made.graph, block)[0])
+        firsts.append(found[0])
         plans.append(BlockPlan(path, key, edit, inline[path]))
-    _check_shapes(run, found)
+    _check_shapes(run, firsts)
     return tuple(plans)
 
 

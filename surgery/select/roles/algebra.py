@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import fx
 
-from surgery.select.roles.ops import op_name
+from surgery.capture.nodes import op_name
 from surgery.select.roles.values import (
     STREAM,
     Attended,

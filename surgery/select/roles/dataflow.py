@@ -13,6 +13,7 @@ from typing import cast
 
 from torch import fx, nn
 
+from surgery.capture.nodes import op_name, operands, spec, specs
 from surgery.select.roles.algebra import (
     add_scores,
     bend,
@@ -33,13 +34,9 @@ from surgery.select.roles.ops import (
     Kind,
     Windows,
     argument,
-    holds_tensor,
     module_kind,
     op_kind,
-    op_name,
-    operands,
     shape,
-    spec,
 )
 from surgery.select.roles.role import Features
 from surgery.select.roles.values import (
@@ -114,7 +111,7 @@ class Dataflow:
         for at, node in enumerate(graph.nodes):
             self.order[node] = at
             writes = bool(node.meta.get("mutates"))
-            if node.op != "output" and (writes or holds_tensor(node.meta.get("val"))):
+            if node.op != "output" and (writes or specs(node)):
                 self._inputs[node] = self._reach(node)
                 self._values[node] = self._visit(node)
             if writes:

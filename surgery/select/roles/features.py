@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from surgery.select.roles.ops import Kind, argument, op_kind, op_name, operands, shape
+from surgery.capture.nodes import op_name, operands
+from surgery.select.roles.ops import Kind, argument, op_kind, shape
 from surgery.select.roles.role import Features
 
 _NONE = -1.0

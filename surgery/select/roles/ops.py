@@ -1,16 +1,14 @@
-"""What kind of computation a node of a trace is, and which tensors it reads."""
+"""What kind of computation a node of a trace is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from functools import cache
 from typing import Any, cast
 
 from torch import fx, nn
 
-from surgery.capture import TensorSpec
+from surgery.capture.nodes import op_name, spec
 
 
 class Kind(Enum):
@@ -216,59 +214,10 @@ def op_kind(node: fx.Node) -> Kind:
     return _KINDS.get(op_name(node), Kind.PASS)
 
 
-def op_name(node: fx.Node) -> str:
-    """The plain name of what a node calls: ``add`` for ``operator.add``, ``Tensor.add_``, ..."""
-    if node.target is getattr:
-        return str(node.args[1])
-    return _plain_name(node.target)
-
-
-@cache
-def _plain_name(target: object) -> str:
-    name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
-    return name.partition(".")[0].rstrip("_")
-
-
-def spec(node: fx.Node) -> TensorSpec | None:
-    """Shape and type of a node's tensor; None if it is a number or several tensors."""
-    value = node.meta.get("val")
-    return value if isinstance(value, TensorSpec) else None
-
-
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's tensor; empty if it is not one tensor."""
     found = spec(node)
     return () if found is None else found.shape
-
-
-def holds_tensor(value: object) -> bool:
-    """Whether a ``meta["val"]`` is a tensor's, or contains one."""
-    if isinstance(value, TensorSpec):
-        return True
-    if isinstance(value, tuple | list):
-        return any(holds_tensor(item) for item in cast("list[Any]", value))
-    return isinstance(value, dict) and any(
-        holds_tensor(item) for item in cast("dict[Any, Any]", value).values()
-    )
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes a node reads tensors from, in argument order, each as often as it is read."""
-    return [each for each in _nodes((node.args, node.kwargs)) if holds_tensor(each.meta.get("val"))]
-
-
-def _nodes(value: Any) -> Iterator[fx.Node]:
-    if isinstance(value, fx.Node):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in cast("list[Any]", value):
-            yield from _nodes(item)
-    elif isinstance(value, dict):
-        for item in cast("dict[Any, Any]", value).values():
-            yield from _nodes(item)
-    elif isinstance(value, slice):
-        bounds = cast("slice[Any, Any, Any]", value)
-        yield from _nodes((bounds.start, bounds.stop, bounds.step))
 
 
 def argument(node: fx.Node, position: int, name: str) -> Any:

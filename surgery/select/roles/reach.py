@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from surgery.capture.nodes import operands
 from surgery.select.roles.algebra import uses_in
 from surgery.select.roles.dataflow import Dataflow
-from surgery.select.roles.ops import Kind, op_kind, operands, shape
+from surgery.select.roles.ops import Kind, op_kind, shape
 from surgery.select.roles.values import Fixed, Use
 
 

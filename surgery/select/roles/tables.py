@@ -6,20 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
+from surgery.capture.nodes import op_name, spec
 from surgery.select.roles import reach
 from surgery.select.roles.algebra import uses_in
 from surgery.select.roles.dataflow import Dataflow
 from surgery.select.roles.findings import Findings, SiteOf, steering
-from surgery.select.roles.ops import (
-    ROOTS,
-    STATISTICS,
-    Kind,
-    module_kind,
-    op_kind,
-    op_name,
-    shape,
-    spec,
-)
+from surgery.select.roles.ops import ROOTS, STATISTICS, Kind, module_kind, op_kind, shape
 from surgery.select.roles.values import (
     Fixed,
     Stream,

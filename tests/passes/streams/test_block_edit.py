@@ -29,6 +29,11 @@ from surgery.residuals import find_residuals
 from tests import zoo
 from tests.capture.compare import assert_same, tensors_in
 
+
+def _planned(made: Capture, block: nn.Module, **options: Any) -> BlockEdit:
+    return plan_block(made, find_residuals(made.graph, block), **options)
+
+
 # Statement → (which operand is the shortcut, which stream).
 LEFT, RIGHT = 0, 1
 _TIMM = {"= x + self.drop_path": (LEFT, 0)}
@@ -179,7 +184,7 @@ def test_random_coefficients_follow_the_formula(name: str, mode: Any) -> None:
     for path in paths:
         stock = copy.deepcopy(model.get_submodule(path))
         block = model.get_submodule(path)
-        edit = plan_block(found[path], block, mode=mode)
+        edit = _planned(found[path], block, mode=mode)
         shapes = _shapes(found[path], block, calls[path], edit)
         # Two earlier states for the first stream, three for the second.
         states = [
@@ -225,7 +230,7 @@ def test_coefficients_that_say_what_the_block_does_change_no_bit(
         expected = run(stock, calls[path])
         for mode in MODES:
             block = copy.deepcopy(stock)
-            edit = plan_block(found[path], block, mode=mode)
+            edit = _planned(found[path], block, mode=mode)
             shapes = _shapes(found[path], block, calls[path], edit)
             graft(block, forward_mixin("Rewired", found[path], block, edit))
             rows = []
@@ -284,7 +289,7 @@ def small(kind: Any, mode: Any, **options: Any) -> tuple[nn.Module, nn.Module, B
     stock = kind(**options).double()
     block = copy.deepcopy(stock)
     made = capture(block, (torch.ones(2, 4, dtype=torch.float64),))
-    edit = plan_block(made, block, mode=mode)
+    edit = _planned(made, block, mode=mode)
     graft(block, forward_mixin("Rewired", made, block, edit))
     return stock, block, edit
 
@@ -349,14 +354,14 @@ def test_a_scaled_sum() -> None:
     made = capture(block, (torch.ones(2, 4, dtype=torch.float64),))
     graft(
         block,
-        forward_mixin("Rewired", made, block, plan_block(made, block, mode="add", scaled=True)),
+        forward_mixin("Rewired", made, block, _planned(made, block, mode="add", scaled=True)),
     )
     x, old = random(2, 4), random(2, 4, seed=2)
     w = torch.tensor([[0.3, -0.4, 0.9]], dtype=torch.float64)
     expected = w[0, 2] * stock(x) + w[0, 0] * old + w[0, 1] * x
     torch.testing.assert_close(block(x, RELAY, w, old)[0], expected)
     with pytest.raises(CaptureError, match="use mode: add"):
-        plan_block(made, stock, mode="replace", scaled=True)(made, stock)
+        _planned(made, stock, mode="replace", scaled=True)(made, stock)
 
 
 def test_another_path_with_other_additions_is_refused() -> None:
@@ -371,7 +376,7 @@ def test_another_path_with_other_additions_is_refused() -> None:
 
     block = Sometimes()
     made = capture(block, (torch.ones(2, 4),))
-    graft(block, forward_mixin("Rewired", made, block, plan_block(made, block, mode="add")))
+    graft(block, forward_mixin("Rewired", made, block, _planned(made, block, mode="add")))
     x = torch.ones(2, 4)
     assert len(block(x, RELAY, torch.zeros(1, 1))) == 2
     with pytest.raises(CaptureError, match=r"in \[the block, the block\], where the plan has"):
@@ -381,7 +386,7 @@ def test_another_path_with_other_additions_is_refused() -> None:
 def test_a_block_without_residuals() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(CaptureError, match="no residual addition"):
-        plan_block(capture(block, (torch.ones(2, 4),)), block, mode="add")
+        _planned(capture(block, (torch.ones(2, 4),)), block, mode="add")
 
 
 def test_gradients_reach_everything() -> None:
