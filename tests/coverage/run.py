@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="only write the page")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240.0, help="limit per model")
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="limit per model")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="limit per model")
     options = parser.parse_args()
     console = Console()
     models = chosen(options.only, everything=options.all)
