@@ -7,7 +7,7 @@ the events of the profiler on the CPU and from the allocator's own statistics on
 
 The ratio of CPU seconds is beside that of wall seconds: where other jobs share the machine, the
 wall measures those too. Set OMP_WAIT_POLICY=passive there: threads that spin while they wait
-would count as work.
+would count as work. On an idle machine leave it: to wake a thread for each small sum costs more.
 
 To reach on the CPU: 1.03 times the unmodified model's seconds, 1.02 times its peak. With `--cuda`,
 the paper's LLaMA of 350M in bfloat16, eager and compiled, beside the floor that mixing has there:
