@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from surgery.errors import (
         CaptureError,
         CheckpointError,
+        ConfigError,
         Conflict,
         ContractBroken,
+        DataError,
         ExportError,
         ModelStateError,
         NoMatch,
         RuleError,
         SourceError,
         SurgeryError,
+        TrainingError,
     )
     from surgery.inspection import Inspection, inspect
     from surgery.passes.freeze import Freeze
@@ -63,14 +66,17 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.errors": (
         "CaptureError",
         "CheckpointError",
+        "ConfigError",
         "Conflict",
         "ContractBroken",
+        "DataError",
         "ExportError",
         "ModelStateError",
         "NoMatch",
         "RuleError",
         "SourceError",
         "SurgeryError",
+        "TrainingError",
     ),
     "surgery.inspection": ("Inspection", "inspect"),
     "surgery.passes.freeze": ("Freeze",),
@@ -99,9 +105,11 @@ _SUBMODULES = ("adapters", "capture")
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "ConfigError",
     "Conflict",
     "ContractBroken",
     "CreatedBy",
+    "DataError",
     "Example",
     "ExportError",
     "Freeze",

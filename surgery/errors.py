@@ -125,3 +125,32 @@ class ModelStateError(SurgeryError):
 
     code = "SRG-MODEL"
     exit_code = 11
+
+
+class ConfigError(RuleError):
+    """A training configuration is wrong: unknown key, wrong type, bad value, contradiction.
+
+    Args:
+        message: What was received and what was expected.
+        hint: What to do about it.
+        file: The configuration, or None for one built in Python.
+        line: 1-based line in the file.
+        column: 1-based column in the file.
+    """
+
+    code = "SRG-CONFIG"
+    exit_code = 12
+
+
+class DataError(SurgeryError):
+    """Training data is missing, empty, or not what the configuration or the model expects."""
+
+    code = "SRG-DATA"
+    exit_code = 13
+
+
+class TrainingError(SurgeryError):
+    """A training run cannot start, or had to stop."""
+
+    code = "SRG-TRAIN"
+    exit_code = 14
