@@ -150,6 +150,8 @@ def _problem(item: Mapping[str, Any], data: object, hint: Hint, noun: Noun) -> P
     if kind in _UNKNOWN:
         key = str(item["loc"][-1])
         return Problem(loc, f"unknown {noun} {key!r}", hint(loc[:-1], key), at_key=True)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _wrong_tag(loc, context, given)
     if kind == "unexpected_positional_argument":
         return Problem((), f"too many arguments, the first of them {describe(given)}")
     if kind in ("literal_error", "enum"):
@@ -235,6 +237,14 @@ def _wrong_choice(loc: Loc, expected: str, given: object) -> Problem:
     near = suggest(given, choices) if isinstance(given, str) and choices else None
     hint = near if near is not None and near.startswith("did you mean") else None
     return Problem(loc, f"expected {expected}, got {describe(given)}", hint, expected=expected)
+
+
+def _wrong_tag(loc: Loc, context: Mapping[str, Any], given: object) -> Problem:
+    """What is wrong with the key that tells the kinds of a section apart."""
+    key = str(context["discriminator"]).strip("'")
+    if "tag" not in context:
+        return Problem(loc, f"missing key {key!r}, which says of which kind this is")
+    return _wrong_choice((*loc, key), str(context["expected_tags"]), child(given, key))
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,628 @@
+"""The shape of a training configuration: sections, defaults, and what does not go together.
+
+Every section is a frozen pydantic model with strict types and no unknown keys. ``data``,
+``objective``, ``optim`` and ``schedule`` come in kinds, told apart by one key. Reading a file with
+its line numbers is ``reading``'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
+
+from surgery.errors import RuleError
+from surgery.rules import Recipe
+from surgery.rules import yaml as yaml_text
+from surgery.rules.explain import Problem
+from surgery.rules.strict import invalid, problem_error
+
+VERSION = 1
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Name = Annotated[str, Field(min_length=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
+OnTrouble = Literal["stop", "skip", "ignore"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, without unknown keys."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    """What is trained, from random weights.
+
+    Attributes:
+        source: Any ``surgery.load`` spec, such as ``preset:llama-60m`` or ``timm:resnet18``.
+        config: Overrides of the model's own configuration.
+        dtype: Floating type of the weights. bfloat16 casts the weights themselves, as the
+            GaLore and ANCRe recipes do; for autocast over float32 weights see ``train.precision``.
+    """
+
+    source: Name
+    config: dict[str, Any] = Field(default_factory=dict[str, Any])
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+class TextData(Section):
+    """Local text, split into samples of one length.
+
+    Attributes:
+        path: ``stdlib`` (the source of Python's standard library, which is always there), a text
+            file, or a folder. A relative path starts at the working folder.
+        pattern: Which files of a folder.
+        tokenizer: ``bytes``; ``bpe``, trained on this very text; or a tokenizer's folder.
+        vocabulary: Tokens of a trained BPE.
+        length: Tokens in a sample.
+        held_out: Part of the text that is kept for evaluation.
+    """
+
+    kind: Literal["text"]
+    path: Name = "stdlib"
+    pattern: Name = "**/*.txt"
+    tokenizer: Name = "bytes"
+    vocabulary: Annotated[int, Field(ge=257)] = 4096
+    length: Annotated[int, Field(ge=2)] = 256
+    held_out: Share = 0.05
+
+
+class TokenData(Section):
+    """Shards of tokens written by ``surgery data tokenize``, mapped into memory.
+
+    Attributes:
+        path: The folder of shards.
+        length: Tokens in a sample.
+        held_out: Part that is kept for evaluation.
+    """
+
+    kind: Literal["tokens"]
+    path: Name
+    length: Annotated[int, Field(ge=2)] = 256
+    held_out: Share = 0.05
+
+
+class StreamData(Section):
+    """A dataset of the hub, streamed and tokenized as it comes.
+
+    Attributes:
+        path: Id of the dataset, such as ``allenai/c4``.
+        name: Its configuration, such as ``en``.
+        split: Split that is trained on.
+        held_out: Split that is evaluated on.
+        column: Column that holds the text.
+        tokenizer: ``bytes``, a tokenizer's folder, or its id on the hub.
+        length: Tokens in a sample.
+        packing: ``packed`` cuts the joined documents into full samples; ``padded`` cuts or pads
+            each document to one sample, as the GaLore and ANCRe recipes do.
+        shuffle_seed: Seed of the shuffled order of shards and of the buffer.
+        buffer: Documents among which the next one is drawn.
+    """
+
+    kind: Literal["stream"]
+    path: Name
+    name: Name | None = None
+    split: Name = "train"
+    held_out: Name = "validation"
+    column: Name = "text"
+    tokenizer: Name
+    length: Annotated[int, Field(ge=2)] = 256
+    packing: Literal["packed", "padded"] = "packed"
+    shuffle_seed: Annotated[int, Field(ge=0)] = 42
+    buffer: Count = 10_000
+
+
+class DigitsData(Section):
+    """The 1797 handwritten digits that ship with scikit-learn: 8 × 8, one channel, ten classes.
+
+    Attributes:
+        size: Height and width they are enlarged to.
+        channels: 1, or 3 equal ones.
+        held_out: Part that is kept for evaluation.
+    """
+
+    kind: Literal["digits"]
+    size: Annotated[int, Field(ge=8)] = 8
+    channels: Literal[1, 3] = 1
+    held_out: Share = 0.2
+
+
+class FolderData(Section):
+    """A folder of images with one folder inside it per class.
+
+    Attributes:
+        path: The folder.
+        size: Height and width of a sample.
+        channels: 1 (grey) or 3 (colour).
+        resize: ``exact`` refuses images of another size; ``crop`` scales the shorter side and
+            crops the centre.
+        flip: Whether half of the training samples are mirrored.
+        held_out: Part of each class that is kept for evaluation.
+    """
+
+    kind: Literal["folder"]
+    path: Name
+    size: Count
+    channels: Literal[1, 3] = 3
+    resize: Literal["exact", "crop"] = "exact"
+    flip: bool = False
+    held_out: Share = 0.05
+
+
+class CifarData(Section):
+    """CIFAR-10 or CIFAR-100 in the published binary layout.
+
+    Attributes:
+        path: The folder with ``data_batch_1.bin`` ... or ``train.bin``.
+        classes: 10 or 100.
+        augment: Whether training samples are padded by 4, cropped and mirrored at random
+            (arXiv 1512.03385).
+    """
+
+    kind: Literal["cifar"]
+    path: Name
+    classes: Literal[10, 100] = 10
+    augment: bool = True
+
+
+class ImagenetData(Section):
+    """ImageNet as folders: ``train/CLASS/*.JPEG`` and ``val/CLASS/*.JPEG``.
+
+    Attributes:
+        path: The folder that holds both.
+        size: Height and width of a sample.
+        augment: ``center`` crops the centre, as DiT does; ``random`` crops and mirrors at random,
+            as classifiers do.
+        flip: Whether half of the training samples are mirrored.
+    """
+
+    kind: Literal["imagenet"]
+    path: Name
+    size: Count = 224
+    augment: Literal["center", "random"] = "random"
+    flip: bool = True
+
+
+class WebDatasetData(Section):
+    """Tar shards in the WebDataset layout: ``KEY.jpg`` beside ``KEY.cls``.
+
+    Attributes:
+        path: A folder of shards, or a brace pattern such as ``train-{0000..0099}.tar``.
+        size: Height and width of a sample.
+        channels: 1 (grey) or 3 (colour).
+        classes: Number of classes.
+        resize: As for ``folder``.
+        held_out: Part of the shards that is kept for evaluation.
+    """
+
+    kind: Literal["webdataset"]
+    path: Name
+    size: Count
+    channels: Literal[1, 3] = 3
+    classes: Count
+    resize: Literal["exact", "crop"] = "crop"
+    flip: bool = False
+    held_out: Share = 0.05
+
+
+Images = Annotated[
+    DigitsData | FolderData | CifarData | ImagenetData | WebDatasetData,
+    Field(discriminator="kind"),
+]
+
+
+class LatentData(Section):
+    """Images encoded once with a VAE; the latents are cached.
+
+    Attributes:
+        images: Where the images come from.
+        vae: A ``surgery.load`` spec of an ``AutoencoderKL``.
+        cache: Folder for the latents.
+        scale: What latents are multiplied with; the VAE's own factor by default.
+        sample: Whether a latent is drawn anew from the encoder's distribution each time it is
+            seen, as DiT does, or is the distribution's mean.
+    """
+
+    kind: Literal["latents"]
+    images: Images
+    vae: Name
+    cache: Name
+    scale: Positive | None = None
+    sample: bool = True
+
+
+DataConfig = Annotated[
+    TextData
+    | TokenData
+    | StreamData
+    | DigitsData
+    | FolderData
+    | CifarData
+    | ImagenetData
+    | WebDatasetData
+    | LatentData,
+    Field(discriminator="kind"),
+]
+
+
+class TextSampling(Section):
+    """Text drawn from the model during training.
+
+    Attributes:
+        every: Steps between two draws.
+        prompts: What is continued.
+        tokens: New tokens for each prompt.
+        temperature: 0 takes the likeliest token.
+        top_k: Tokens that are drawn from; None for all.
+    """
+
+    every: Count = 1000
+    prompts: tuple[str, ...] = ("def ",)
+    tokens: Count = 128
+    temperature: NotNegative = 0.8
+    top_k: Count | None = 50
+
+
+class ImageSampling(Section):
+    """Images drawn from the model during training, as a grid.
+
+    Attributes:
+        every: Steps between two grids.
+        scheduler: Sampler, by diffusers' class of that name.
+        steps: Calls of the model for one image.
+        guidance: Scale of classifier-free guidance; 1 is none.
+        count: Images in a grid.
+    """
+
+    every: Count = 1000
+    scheduler: Literal["ddpm", "ddim", "dpm"] = "ddim"
+    steps: Count = 50
+    guidance: Annotated[float, Field(ge=1.0)] = 1.5
+    count: Count = 20
+
+
+class LanguageObjective(Section):
+    """Next-token prediction."""
+
+    kind: Literal["language"]
+    sample: TextSampling | None = None
+
+
+class ClassificationObjective(Section):
+    """Cross entropy over classes.
+
+    Attributes:
+        label_smoothing: Part of the target that is spread over all classes.
+    """
+
+    kind: Literal["classification"]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+class DiffusionObjective(Section):
+    """Denoising as in DiT (arXiv 2212.09748).
+
+    Attributes:
+        prediction: What the model predicts: the noise, or the velocity (arXiv 2202.00512).
+        steps: Noise levels, on a linear schedule.
+        label_dropout: How often a label is replaced by the empty one.
+        ema: Decay of the averaged weights; None keeps none.
+        sample: Sampling during training.
+    """
+
+    kind: Literal["diffusion"]
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    steps: Annotated[int, Field(ge=2)] = 1000
+    label_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.9999
+    sample: ImageSampling | None = None
+
+
+ObjectiveConfig = Annotated[
+    LanguageObjective | ClassificationObjective | DiffusionObjective, Field(discriminator="kind")
+]
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class AdamWConfig(Section):
+    """AdamW (arXiv 1711.05101), fused where the device has it.
+
+    Attributes:
+        lr: Learning rate after warm-up.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; shortcut logits never decay.
+    """
+
+    name: Literal["adamw"]
+    lr: Positive
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+
+
+class GaloreConfig(Section):
+    """AdamW on gradients projected to a low rank (GaLore, arXiv 2403.03507).
+
+    Attributes:
+        lr: Learning rate after warm-up.
+        rank: Rank of the projection.
+        gap: Steps between two projections.
+        scale: What the projected update is multiplied with.
+        targets: Linear layers are projected whose name contains one of these.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; shortcut logits never decay.
+    """
+
+    name: Literal["galore"]
+    lr: Positive
+    rank: Count
+    gap: Count = 200
+    scale: Positive = 0.25
+    targets: tuple[Name, ...] = ("attn", "mlp")
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+
+
+OptimConfig = Annotated[AdamWConfig | GaloreConfig, Field(discriminator="name")]
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run.
+
+    Attributes:
+        kind: Shape after warm-up.
+        warmup: Steps of linear warm-up from zero.
+        final: Learning rate at the end, as a fraction of ``optim.lr``; a constant schedule has
+            none.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Fraction = 0.0
+
+
+class TrainConfig(Section):
+    """The loop.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Samples per optimizer step over all ranks and accumulation steps.
+        accumulate: Forward passes per optimizer step on each rank.
+        clip: Largest norm of the gradient; None does not clip.
+        precision: Autocast of the forward pass.
+        parallel: How several ranks share the work: each holds the model (``ddp``), or a shard of
+            it (``fsdp2``).
+        device: ``auto`` takes the accelerator if there is one.
+        compile: Whether the model is compiled.
+        checkpointing: Whether activations of blocks are computed again in the backward pass.
+        on_nan: What a loss or gradient that is not finite does: ``stop`` the run, or ``skip`` the
+            step.
+        on_spike: What a loss far above its running mean does.
+        spike_factor: How many times the running mean a spike is.
+        timeout: Seconds after which a collective that a rank does not join ends the run.
+        workers: Processes that load data; 0 loads in the training process.
+    """
+
+    steps: Count
+    batch: Count
+    accumulate: Count = 1
+    clip: Positive | None = None
+    precision: Precision = "fp32"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    device: Literal["auto", "cpu"] = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+    on_spike: OnTrouble = "ignore"
+    spike_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    timeout: Positive = 600
+    workers: Annotated[int, Field(ge=0)] = 0
+
+
+class EvaluateConfig(Section):
+    """Evaluation on held-out data.
+
+    Attributes:
+        every: Steps between two evaluations; the last step is evaluated too.
+        samples: Held-out samples at most.
+        batch: Samples at a time on each rank; ``train.batch`` over ranks and accumulation steps
+            by default.
+    """
+
+    every: Count = 1000
+    samples: Count = 512
+    batch: Count | None = None
+
+
+class CheckpointConfig(Section):
+    """Training checkpoints.
+
+    Attributes:
+        every: Steps between two checkpoints; the last step is saved too.
+        keep: How many are kept.
+    """
+
+    every: Count = 1000
+    keep: Count = 2
+
+
+class LogConfig(Section):
+    """Logs.
+
+    Attributes:
+        every: Steps between two lines.
+        tensorboard: Whether TensorBoard files are written.
+        matrices: Steps between two records of the coefficient matrices of shortcuts; None
+            records none.
+    """
+
+    every: Count = 10
+    tensorboard: bool = True
+    matrices: Count | None = 50
+
+
+class PretrainConfig(Section):
+    """A training run.
+
+    Attributes:
+        version: Version of the format.
+        name: What logs and plots call the run.
+        seed: What weights, order of the data and noise are drawn from.
+        rules: A rule file's content that is applied to the model before training. In a file it
+            may also be a path, relative to that file.
+    """
+
+    version: Literal[1] = VERSION
+    name: Name = "unnamed"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig
+    rules: dict[str, Any] | None = None
+    data: DataConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("rules")
+    @classmethod
+    def _check_rules(cls, rules: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The recipe with every default written out."""
+        if rules is None:
+            return None
+        try:
+            return Recipe.parse(rules).dump()
+        except RuleError as error:
+            message, hint = error.message, error.hint
+        raise invalid(message, hint=hint)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        lines = [
+            InitErrorDetails(type=problem_error(problem), loc=(), input=None)
+            for problem in contradictions(self)
+        ]
+        if lines:
+            raise ValidationError.from_exception_data(type(self).__name__, lines)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+        """Read a configuration file.
+
+        Args:
+            path: A YAML file.
+            overrides: ``KEY=VALUE`` with dotted keys, such as ``train.steps=10``; values are
+                read as YAML.
+
+        Raises:
+            ConfigError: there is no such file, or something in it or in an override is wrong;
+                with line and column.
+        """
+        from surgery.train import reading
+
+        return reading.load(Path(path), overrides)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> PretrainConfig:
+        """Build a configuration from plain data, such as ``dump`` returns.
+
+        Raises:
+            ConfigError: something in it is wrong.
+        """
+        from surgery.train import reading
+
+        return reading.parse(data)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The rules, ready to be applied."""
+        return None if self.rules is None else Recipe.parse(self.rules)
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON-able data that ``parse`` reads back to an equal configuration."""
+        return cast("dict[str, Any]", self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """As a file that ``load`` reads back to an equal configuration, defaults written out."""
+        return yaml_text.dump(self.dump())
+
+
+LANGUAGE_DATA = ("text", "tokens", "stream")
+
+
+def contradictions(config: PretrainConfig) -> Iterator[Problem]:
+    """What does not go together in a configuration whose sections are each in order."""
+    yield from _objective_problems(config)
+    yield from _step_problems(config)
+    train, optim = config.train, config.optim
+    if optim.name == "galore" and train.parallel == "fsdp2":
+        yield Problem(
+            ("train", "parallel"),
+            "galore does not work with fsdp2: it projects whole gradients, and fsdp2 gives each "
+            "rank a shard of them",
+            "use parallel: ddp, or optim: {name: adamw}",
+        )
+    if config.model.dtype != "float32" and train.precision != "fp32":
+        yield Problem(
+            ("train", "precision"),
+            f"autocast to {train.precision} is for float32 weights, and model.dtype is "
+            f"{config.model.dtype}",
+            "leave one of the two at its default",
+        )
+
+
+def _objective_problems(config: PretrainConfig) -> Iterator[Problem]:
+    kind, objective = config.data.kind, config.objective.kind
+    loc = ("objective", "kind")
+    if (kind in LANGUAGE_DATA) != (objective == "language"):
+        known = (
+            "language"
+            if kind in LANGUAGE_DATA
+            else "diffusion"
+            if kind == "latents"
+            else "classification or diffusion"
+        )
+        yield Problem(
+            loc, f"objective {objective} cannot be trained on {kind} data", f"use {known}"
+        )
+    elif kind == "latents" and objective == "classification":
+        yield Problem(loc, "latents are not classified", "use diffusion")
+
+
+def _step_problems(config: PretrainConfig) -> Iterator[Problem]:
+    train, schedule = config.train, config.schedule
+    if schedule.warmup > train.steps:
+        yield Problem(
+            ("schedule", "warmup"),
+            f"warm-up of {schedule.warmup} steps is longer than the run of {train.steps}",
+            "shorten schedule.warmup or raise train.steps",
+        )
+    if schedule.kind == "constant" and "final" in schedule.model_fields_set and schedule.final != 1:
+        yield Problem(
+            ("schedule", "final"),
+            f"a constant schedule does not end at {schedule.final} of its learning rate",
+            "leave final out, or use cosine or linear",
+        )
+    if train.batch % train.accumulate:
+        yield Problem(
+            ("train", "batch"),
+            f"a batch of {train.batch} cannot be split into {train.accumulate} accumulation steps",
+            f"use a multiple of {train.accumulate}",
+        )
