@@ -1,0 +1,236 @@
+"""The ``data`` section of a training configuration: one class per ``kind``.
+
+Relative paths start at the folder where the command runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from surgery.rules.strict import invalid
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Name = Annotated[str, Field(min_length=1)]
+Channels = Literal[1, 3]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, without unknown keys."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+# --- images -----------------------------------------------------------------------------------
+
+
+class Augment(Section):
+    """What happens at random to a training sample; held-out samples are never augmented.
+
+    Attributes:
+        resized_crop: Whether a random part of the image, 8 % to 100 % of its area with an aspect
+            ratio of 3/4 to 4/3, is scaled to the sample's size, in the place of ``fit``
+            (arXiv 1409.4842).
+        pad: Pixels that are added in black on each side, before the sample's size is cropped at
+            random (arXiv 1512.03385 uses 4 for CIFAR).
+        flip: Whether half of the samples are mirrored left to right.
+    """
+
+    resized_crop: bool = False
+    pad: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+
+#: How an image becomes a square of ``size``, where ``augment`` does not say otherwise.
+#: center: the shorter side is scaled to size, and the centre is cropped.
+#: imagenet: the same with the shorter side at size × 256/224, the evaluation of classifiers.
+#: adm: the centre crop of ADM and DiT: halved by box filter as often as possible, then bicubic.
+Fit = Literal["center", "imagenet", "adm"]
+
+#: What is looked at before training starts: nothing, the header of every file, or every pixel.
+Check = Literal["none", "headers", "pixels"]
+
+
+class DigitsData(Section):
+    """The 1797 handwritten digits that ship with scikit-learn: 8 × 8, one channel, ten classes.
+
+    Attributes:
+        size: Height and width; above 8 they are enlarged (bilinear).
+        channels: 1, or 3 equal ones.
+        augment: At random on training samples.
+        held_out: Part of each class that is kept for evaluation, the same for every seed.
+    """
+
+    kind: Literal["digits"] = "digits"
+    size: Annotated[int, Field(ge=8)] = 8
+    channels: Channels = 1
+    augment: Augment = Augment()
+    held_out: Share = 0.2
+
+    @model_validator(mode="after")
+    def _check_augment(self) -> Self:
+        if self.augment.resized_crop:
+            raise invalid("digits have no resized crop", at="augment", hint="use pad")
+        return self
+
+
+class FolderData(Section):
+    """A folder of images, with a folder inside it for each class, or without labels.
+
+    Attributes:
+        path: The folder.
+        labels: ``folders`` takes the names of its subfolders, sorted, as classes; ``none`` takes
+            every image under it, with label 0.
+        size: Height and width of a sample; None keeps the images as they are, all of one shape.
+        channels: 1 (grey) or 3 (colour).
+        fit: How an image becomes ``size`` × ``size``.
+        augment: At random on training samples.
+        check: What is looked at before training starts; ``none`` needs ``size``.
+        held_out: Part of each class that is kept for evaluation, the same for every seed.
+    """
+
+    kind: Literal["folder"] = "folder"
+    path: Name
+    labels: Literal["folders", "none"] = "folders"
+    size: Count | None = None
+    channels: Channels = 3
+    fit: Fit = "center"
+    augment: Augment = Augment()
+    check: Check = "headers"
+    held_out: Share = 0.1
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.size is None and self.augment.resized_crop:
+            raise invalid("a resized crop needs data.size", at="augment")
+        if self.size is None and self.check == "none":
+            raise invalid("check: none needs data.size, for shapes are not looked at", at="check")
+        return self
+
+
+class CifarData(Section):
+    """CIFAR-10 or CIFAR-100 in the published binary layout.
+
+    Attributes:
+        path: The folder with ``data_batch_1.bin`` ... (CIFAR-10) or ``train.bin`` (CIFAR-100), or
+            the published ``.tar.gz`` of it.
+        labels: ``fine`` (10 or 100 classes), or ``coarse`` (20 superclasses of CIFAR-100).
+        augment: At random on training samples.
+        subset: Whether files may hold fewer images than the published ones.
+    """
+
+    kind: Literal["cifar"] = "cifar"
+    path: Name
+    labels: Literal["fine", "coarse"] = "fine"
+    augment: Augment = Augment(pad=4, flip=True)
+    subset: bool = False
+
+    @model_validator(mode="after")
+    def _check_augment(self) -> Self:
+        if self.augment.resized_crop:
+            raise invalid("CIFAR has no resized crop", at="augment", hint="use pad")
+        return self
+
+
+class ImagenetData(Section):
+    """ImageNet as folders, ``train/WNID/*.JPEG`` and ``val/WNID/*.JPEG``; any such pair will do.
+
+    Attributes:
+        path: The folder that holds both.
+        size: Height and width of a sample.
+        channels: 1 (grey) or 3 (colour).
+        fit: How a held-out image becomes ``size`` × ``size``, and a training image unless
+            ``augment.resized_crop``.
+        augment: At random on training samples; DiT uses ``{flip: true}`` with ``fit: adm``.
+        check: What is looked at before training starts.
+        held_out: Name of the folder with the images for evaluation.
+    """
+
+    kind: Literal["imagenet"] = "imagenet"
+    path: Name
+    size: Count = 224
+    channels: Channels = 3
+    fit: Fit = "imagenet"
+    augment: Augment = Augment(resized_crop=True, flip=True)
+    check: Check = "none"
+    held_out: Name = "val"
+
+
+class WebDatasetData(Section):
+    """Tar shards in the WebDataset layout: ``KEY.jpg`` beside ``KEY.cls``.
+
+    Attributes:
+        path: A shard, a folder of shards, or a brace pattern such as ``train-{000..009}.tar``.
+        held_out: A part of each class that is kept for evaluation, or the shards for it.
+        images: Endings of the members that are images; one of them per sample.
+        label: Ending of the member that holds the label as a number in text; ``json:KEY`` takes
+            it from a JSON member; None for data without labels.
+        classes: How many classes there are; None takes the largest label and one more.
+        size: Height and width of a sample; None keeps the images as they are, all of one shape.
+        channels: 1 (grey) or 3 (colour).
+        fit: How an image becomes ``size`` × ``size``.
+        augment: At random on training samples.
+        index: Where the table of members is kept; None keeps it in memory only.
+    """
+
+    kind: Literal["webdataset"] = "webdataset"
+    path: Name
+    held_out: Share | Name = 0.05
+    images: tuple[Name, ...] = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
+    label: Name | None = "cls"
+    classes: Count | None = None
+    size: Count | None = None
+    channels: Channels = 3
+    fit: Fit = "center"
+    augment: Augment = Augment()
+    index: Name | None = None
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.size is None and self.augment.resized_crop:
+            raise invalid("a resized crop needs data.size", at="augment")
+        return self
+
+
+ImageData = Annotated[
+    DigitsData | FolderData | CifarData | ImagenetData | WebDatasetData,
+    Field(discriminator="kind"),
+]
+
+
+class LatentData(Section):
+    """Images encoded once with a VAE; what is trained on are the cached latents.
+
+    Attributes:
+        images: Where the images come from; of their augmentation, ``augment.flip`` alone is kept:
+            each image is encoded a second time mirrored, as DiT does.
+        vae: A ``surgery.load`` spec with weights, ``hub:...`` or a folder, of diffusers'
+            ``AutoencoderKL``.
+        cache: Folder of the latents; it is made, and completed where it is not.
+        posterior: Whether a latent is drawn from the encoder's distribution each time it is seen
+            (``sample``, as DiT does), or is its ``mean``.
+        dtype: Of the cache.
+        batch: Images encoded at a time.
+        device: Where the VAE runs.
+    """
+
+    kind: Literal["latents"] = "latents"
+    images: ImageData
+    vae: Name
+    cache: Name
+    posterior: Literal["sample", "mean"] = "sample"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    batch: Count = 16
+    device: Name = "cpu"
+
+
+# --- all --------------------------------------------------------------------------------------
+
+DataConfig = Annotated[
+    DigitsData | FolderData | CifarData | ImagenetData | WebDatasetData | LatentData,
+    Field(discriminator="kind"),
+]
