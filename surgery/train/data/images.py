@@ -17,7 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -223,7 +223,7 @@ def _mixed(
     folder: Path, one: tuple[str, tuple[int, int]], other: tuple[str, tuple[int, int]]
 ) -> DataError:
     shapes = " and ".join(
-        f"{path} is {height}×{width} (height × width)" for path, (height, width) in (one, other)
+        f"{path} is {height} high and {width} wide" for path, (height, width) in (one, other)
     )
     return DataError(
         f"{folder} holds images of different shapes: {shapes}",
