@@ -6,14 +6,12 @@ of Handwritten Digits" data set of the UCI repository (https://doi.org/10.24432/
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
-from surgery.errors import DataError
 from surgery.train.data.base import Data, Facts
 from surgery.train.data.configs import DigitsData
+from surgery.train.data.libraries import require
 from surgery.train.data.stored import MemorySamples
 from surgery.train.data.transforms import evaluation, split, training
 
@@ -53,19 +51,12 @@ def open_digits(config: DigitsData, *, seed: int) -> Data:
 
 def _load() -> tuple[Tensor, Tensor]:
     """Images float32 (1797, 1, 8, 8) in [-1, 1], labels int64 (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError(
-            "the digits come with scikit-learn, which is not installed",
-            hint="pip install 'model-surgery[train]'",
-        ) from None
-    loaded = cast("Any", load_digits())
-    images = torch.from_numpy(loaded.images).to(torch.float32).unsqueeze(1) / 8.0 - 1.0
-    return images, torch.from_numpy(loaded.target).to(torch.int64)
+    datasets = require("sklearn.datasets", "the digits come with scikit-learn")
+    loaded = datasets.load_digits()
+    images = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
+    return images, torch.tensor(loaded.target, dtype=torch.int64)
 
 
 def _enlarged(images: Tensor, size: int) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
+    functional = require("torchvision.transforms.v2.functional", "enlarging digits")
     return functional.resize(images, [size, size], antialias=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -82,10 +83,8 @@ class MemorySamples(ImageSamples):
 
     def identity(self) -> str:
         """A hash of every pixel."""
-        import hashlib
-
         digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
-        digest.update(memoryview(self.images.contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(cast("Any", self.images.contiguous().flatten().view(torch.uint8).numpy()))
         return digest.hexdigest()
 
     def batch(self, places: Sequence[Place]) -> Batch:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.train.data.configs import Augment, Fit
+from surgery.train.data.libraries import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,12 +66,17 @@ def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
     # Stable: inside a class, the random order stays.
     order = order[torch.sort(labels[order], stable=True).indices]
     kept: list[Tensor] = []
-    for group in torch.split(order, torch.unique(labels, return_counts=True)[1].tolist()):
+    for group in torch.split(order, _counts(labels)):
         count = min(max(round(held_out * len(group)), 1), len(group) - 1)
         kept.append(group[:count])
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[torch.cat(kept)] = True
     return torch.nonzero(~mask).flatten(), torch.nonzero(mask).flatten()
+
+
+def _counts(labels: Tensor) -> list[int]:
+    """How often each label occurs, from the smallest label that does."""
+    return [int(count) for count in torch.bincount(labels) if count > 0]
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,11 @@ class Pipeline:
 def to_sample(image: Image | Tensor) -> Tensor:
     """An image with values from 0 to 255 as float32 (C, H, W) in [-1, 1]."""
     if not isinstance(image, Tensor):
-        from torchvision.transforms.v2 import functional
-
-        image = cast("Tensor", functional.pil_to_tensor(image))
-    if image.dtype == torch.float32:
-        return image
-    return image.to(torch.float32).div_(127.5).sub_(1.0)
+        image = _transforms().functional.pil_to_tensor(image)
+    pixels = cast("Tensor", image)
+    if pixels.dtype == torch.float32:
+        return pixels
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def training(
@@ -131,7 +136,7 @@ def training(
         augment: What is done at random.
         black: The value that padding has.
     """
-    from torchvision.transforms import v2
+    v2 = _transforms()
 
     steps: list[Callable[[Any], Any]] = []
     if augment.resized_crop:
@@ -152,7 +157,7 @@ def evaluation(size: int | None, fit: Fit | None) -> Pipeline:
 
 def fitting(size: int, fit: Fit) -> list[Callable[[Any], Any]]:
     """Transforms that make an image of any shape ``size`` by ``size``."""
-    from torchvision.transforms import v2
+    v2 = _transforms()
 
     if fit == "adm":
         return [functools.partial(adm_crop, size=size)]
@@ -179,6 +184,10 @@ def adm_crop(image: Image, size: int) -> Image:
     image = image.resize((wide, high), Resampling.BICUBIC)
     left, top = (wide - size) // 2, (high - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _transforms() -> Any:
+    return require("torchvision.transforms.v2", "images are transformed by torchvision")
 
 
 def _given(shape: tuple[int, int] | None) -> tuple[int, int]:
