@@ -16,6 +16,12 @@ OPENERS: dict[str, str] = {
     "text": "surgery.train.data.tokens:open_text",
     "tokens": "surgery.train.data.tokens:open_tokens",
     "stream": "surgery.train.data.stream:open_stream",
+    "digits": "surgery.train.data.digits:open_digits",
+    "folder": "surgery.train.data.folder:open_folder",
+    "cifar": "surgery.train.data.cifar:open_cifar",
+    "imagenet": "surgery.train.data.imagenet:open_imagenet",
+    "webdataset": "surgery.train.data.webdataset:open_webdataset",
+    "latents": "surgery.train.data.latents:open_latents",
 }
 
 _HOMES: dict[str, tuple[str, ...]] = {
