@@ -38,11 +38,15 @@ _LIBRARIES = (
     contextlib.__file__,
     functools.__file__,
 )
+#: Models that lie beside what rewrites insert; their statements are a model's own.
+_BACKBONES = str(Path(architectures.__file__).parent / "backbones") + "/"
 
 
 @functools.lru_cache(maxsize=4096)
 def is_library(filename: str) -> bool:
     """True for torch, this library and einops: a statement there is not the model's."""
+    if filename.startswith(_BACKBONES):
+        return False
     return filename.startswith(_LIBRARIES) or "/einops/" in filename
 
 

@@ -109,7 +109,9 @@ def own_children(module: nn.Module) -> dict[str, nn.Module]:
 
 def _added(child: nn.Module) -> bool:
     home = type(child).__module__
-    if home.startswith(("surgery.", "architectures.")):
+    # A backbone is a model like any other: its layers are what rules name, nothing inserted.
+    ours = home.startswith(("surgery.", "architectures."))
+    if ours and not home.startswith("architectures.backbones."):
         return True
     members = cast("dict[str, nn.Module]", child.__dict__["_modules"]).values()
     return isinstance(child, nn.ModuleDict) and any(

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 from torch import nn
 
+from architectures.backbones import Backbone
 from surgery.errors import SourceError
 from surgery.sources.draw import Draw, Uninferable
 from surgery.sources.examples import Example
-from surgery.sources.libraries import library_of, require, stock_class
+from surgery.sources.libraries import PLAIN, library_of, require, stock_class
 
 
 def example_of(model: nn.Module, batch: int, seed: int) -> Example:
@@ -43,6 +44,8 @@ def _inferred(model: nn.Module, parameters: Mapping[str, inspect.Parameter], dra
         from surgery.sources import infer_diffusers
 
         return Example((), infer_diffusers.infer(model, parameters, draw))
+    if library == PLAIN and isinstance(model, Backbone):
+        return Example((draw.normal(draw.batch, *model.input_shape),))
     for name in ("pretrained_cfg", "default_cfg"):
         cfg = vars(model).get(name)
         if isinstance(cfg, Mapping) and "input_size" in cfg:

@@ -1,4 +1,4 @@
-"""The three model libraries, imported when asked for and never otherwise."""
+"""The three model libraries, imported when asked for and never otherwise; and our own modules."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from types import ModuleType
 from typing import Any, cast
 
 from surgery.errors import SourceError
+from surgery.version import __version__
 
 NAMES = ("timm", "transformers", "diffusers")
+#: What stands for a library where a model is one of this project's own backbones.
+PLAIN = "plain"
+_PLAIN_PACKAGE = "architectures.backbones."
 
 # What a library raises when its arguments do not make a model. Anything else is a bug to see raw.
 BUILD_ERRORS = (
@@ -47,13 +51,20 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
+def version(library: str) -> str:
+    """The version of one of the three libraries, or of this project for its own backbones."""
+    return __version__ if library == PLAIN else str(require(library).__version__)
+
+
 def attributes(obj: object) -> dict[str, Any]:
     """What an object or a class carries in its own ``__dict__``."""
     return dict(vars(obj))
 
 
 def library_of(cls: type) -> str | None:
-    """The library that defines ``cls``, or None for a class of the user's own."""
+    """The library that defines ``cls``, ``plain`` for our own backbones, or None for a user's."""
+    if cls.__module__.startswith(_PLAIN_PACKAGE):
+        return PLAIN
     package = cls.__module__.partition(".")[0]
     return package if package in NAMES else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from surgery.errors import CheckpointError, SourceError
-from surgery.sources.libraries import require
+from surgery.sources.libraries import require, version
 from surgery.sources.request import Request, as_config, as_device, as_dtype, jsonable
 from surgery.sources.spec import Spec, parse
 from surgery.sources.store import HubRepository, LocalFolder, Store
@@ -35,12 +35,13 @@ def load(
 
     Args:
         spec: ``timm:NAME``, ``transformers:MODEL_TYPE_OR_CLASS``, ``diffusers:CLASS``,
-            ``hub:ORG/NAME[/SUBFOLDER][@REVISION]``, or the path of an existing folder in the
-            hub's layout.
+            ``preset:NAME``, ``hub:ORG/NAME[/SUBFOLDER][@REVISION]``, or the path of an existing
+            folder in the hub's layout.
         config: Overrides of the configuration: arguments of ``timm.create_model``, fields of the
-            transformers configuration (nested ones too), or arguments of the diffusers class.
-        pretrained: Whether to load weights. By default False for the first three schemes and True
-            for ``hub:`` and folders.
+            transformers configuration (nested ones too), or arguments of the diffusers class; for
+            a preset those of its library.
+        pretrained: Whether to load weights. By default True for ``hub:`` and folders, and False
+            for the other schemes.
         device: Where the model is put. On "meta" it is built at full size without allocation, and
             no weight is read.
         dtype: Floating dtype, such as "bfloat16"; by default the library's own choice.
@@ -70,6 +71,8 @@ def load(
     )
     if saved:
         return _load_saved(parsed, request)
+    if parsed.scheme == "preset":
+        return _load_preset(parsed, request)
     library = _adapter(parsed.scheme)
     model: nn.Module = library.build(parsed.name, request)
     return _recorded(model, parsed, request, library.LIBRARY, {"revision": None, "files": []})
@@ -83,6 +86,13 @@ def _adapter(library: str) -> ModuleType:
         "transformers": transformers_models,
         "diffusers": diffusers_models,
     }[library]
+
+
+def _load_preset(parsed: Spec, request: Request) -> nn.Module:
+    from surgery.sources import presets
+
+    model, library = presets.build(parsed.name, request)
+    return _recorded(model, parsed, request, library, {"revision": None, "files": []})
 
 
 def _load_saved(parsed: Spec, request: Request) -> nn.Module:
@@ -153,7 +163,7 @@ def _recorded(
         "format": 1,
         "spec": str(parsed),
         "library": library,
-        "library_version": str(require(library).__version__),
+        "library_version": version(library),
         "config": jsonable(request.config, "config"),
         "pretrained": request.pretrained and request.device.type != "meta",
         **origin,

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from surgery import record
 from surgery.errors import SourceError
-from surgery.sources import diffusers_models, timm_models, transformers_models
-from surgery.sources.libraries import class_path, library_of, require, stock_class
+from surgery.sources import diffusers_models, plain_models, timm_models, transformers_models
+from surgery.sources.libraries import class_path, library_of, require, stock_class, version
 from surgery.sources.load import SOURCE_ATTRIBUTE
 from surgery.sources.request import as_device, from_json, jsonable
 
@@ -28,6 +28,7 @@ _ADAPTERS = {
     "timm": timm_models,
     "transformers": transformers_models,
     "diffusers": diffusers_models,
+    "plain": plain_models,
 }
 _MODEL_BASE = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
 
@@ -100,7 +101,7 @@ def rebuild(
             f"model that was described: expected {checked['state']['keys']} keys, "
             f"got {len(model.state_dict())}",
             hint=f"it was described with {library} {checked['library_version']}, "
-            f"{require(library).__version__} is installed",
+            f"{version(library)} is installed",
         )
     origin = checked["source"]
     if origin is not None:
@@ -173,7 +174,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
     description: dict[str, Any] = {
         "format": FORMAT,
         "library": library,
-        "library_version": str(require(library).__version__),
+        "library_version": version(library),
         "class": class_path(model),
         **jsonable(_ADAPTERS[library].describe(model), "its configuration"),
         "dtypes": _dtype_names(model),
@@ -206,6 +207,7 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
         "timm": {"architecture": (str,), "pretrained_cfg": (dict,)},
         "transformers": {"config_class": (str,), "attention": (str, type(None))},
         "diffusers": {},
+        "plain": {},
     }
     library = found.get("library")
     if library not in extra:

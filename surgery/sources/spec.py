@@ -11,9 +11,9 @@ from pathlib import Path
 from surgery.errors import SourceError
 from surgery.registry import suggest
 
-SCHEMES = ("timm", "transformers", "diffusers", "hub", "folder")
+SCHEMES = ("timm", "transformers", "diffusers", "preset", "hub", "folder")
 _SYNTAX = (
-    "'timm:NAME', 'transformers:MODEL_TYPE_OR_CLASS', 'diffusers:CLASS', "
+    "'timm:NAME', 'transformers:MODEL_TYPE_OR_CLASS', 'diffusers:CLASS', 'preset:NAME', "
     "'hub:ORG/NAME[/SUBFOLDER][@REVISION]', or the path of an existing folder"
 )
 
@@ -24,7 +24,7 @@ class Spec:
 
     Attributes:
         scheme: One of ``SCHEMES``.
-        name: Architecture or class name, repository id, or the folder's path.
+        name: Name of an architecture, class or preset, repository id, or the folder's path.
         subfolder: Folder inside the repository; only for ``hub``.
         revision: Branch, tag or commit; only for ``hub``.
     """
@@ -97,9 +97,15 @@ def _unknown(text: str) -> SourceError:
 
 def near_specs(text: str) -> list[str]:
     """Specs that resemble a name given without a scheme, at most one or two of each library."""
-    from surgery.sources import diffusers_models, libraries, timm_models, transformers_models
+    from surgery.sources import (
+        diffusers_models,
+        libraries,
+        presets,
+        timm_models,
+        transformers_models,
+    )
 
-    found: list[str] = []
+    found = [f"preset:{name}" for name in presets.near(text)]
     listings: dict[str, Callable[[], list[str]]] = {
         timm_models.LIBRARY: timm_models.names,
         transformers_models.LIBRARY: transformers_models.names,
