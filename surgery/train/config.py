@@ -19,6 +19,7 @@ from surgery.rules import Recipe
 from surgery.rules import yaml as yaml_text
 from surgery.rules.explain import Problem
 from surgery.rules.strict import invalid, problem_error
+from surgery.train.objectives.configs import ObjectiveConfig
 
 VERSION = 1
 
@@ -254,83 +255,6 @@ DataConfig = Annotated[
     Field(discriminator="kind"),
 ]
 
-
-class TextSampling(Section):
-    """Text drawn from the model during training.
-
-    Attributes:
-        every: Steps between two draws.
-        prompts: What is continued.
-        tokens: New tokens for each prompt.
-        temperature: 0 takes the likeliest token.
-        top_k: Tokens that are drawn from; None for all.
-    """
-
-    every: Count = 1000
-    prompts: tuple[str, ...] = ("def ",)
-    tokens: Count = 128
-    temperature: NotNegative = 0.8
-    top_k: Count | None = 50
-
-
-class ImageSampling(Section):
-    """Images drawn from the model during training, as a grid.
-
-    Attributes:
-        every: Steps between two grids.
-        scheduler: Sampler, by diffusers' class of that name.
-        steps: Calls of the model for one image.
-        guidance: Scale of classifier-free guidance; 1 is none.
-        count: Images in a grid.
-    """
-
-    every: Count = 1000
-    scheduler: Literal["ddpm", "ddim", "dpm"] = "ddim"
-    steps: Count = 50
-    guidance: Annotated[float, Field(ge=1.0)] = 1.5
-    count: Count = 20
-
-
-class LanguageObjective(Section):
-    """Next-token prediction."""
-
-    kind: Literal["language"]
-    sample: TextSampling | None = None
-
-
-class ClassificationObjective(Section):
-    """Cross entropy over classes.
-
-    Attributes:
-        label_smoothing: Part of the target that is spread over all classes.
-    """
-
-    kind: Literal["classification"]
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-
-
-class DiffusionObjective(Section):
-    """Denoising as in DiT (arXiv 2212.09748).
-
-    Attributes:
-        prediction: What the model predicts: the noise, or the velocity (arXiv 2202.00512).
-        steps: Noise levels, on a linear schedule.
-        label_dropout: How often a label is replaced by the empty one.
-        ema: Decay of the averaged weights; None keeps none.
-        sample: Sampling during training.
-    """
-
-    kind: Literal["diffusion"]
-    prediction: Literal["epsilon", "v"] = "epsilon"
-    steps: Annotated[int, Field(ge=2)] = 1000
-    label_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.9999
-    sample: ImageSampling | None = None
-
-
-ObjectiveConfig = Annotated[
-    LanguageObjective | ClassificationObjective | DiffusionObjective, Field(discriminator="kind")
-]
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -1,0 +1,116 @@
+"""Cross entropy over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.errors import ModelStateError, TrainingError
+from surgery.sources.libraries import BUILD_ERRORS
+from surgery.train.objectives.base import (
+    Batch,
+    Gather,
+    Objective,
+    alone,
+    evaluating,
+    first_line,
+    logits_of,
+    measured,
+    placement,
+)
+from surgery.train.objectives.configs import ClassificationObjective
+
+if TYPE_CHECKING:
+    from surgery.train.data.base import Facts
+
+
+class Classification(Objective):
+    """Cross entropy of the class of an image, with label smoothing if asked for.
+
+    The model takes images (B, C, H, W) and returns logits (B, K), as a tensor (timm, plain
+    modules) or in an output's field ``logits`` (transformers).
+
+    Args:
+        config: Section ``objective``.
+        facts: What the data is.
+        model: The plain model, which is tried on two images.
+
+    Raises:
+        ModelStateError: it does not take such images, or has another number of classes.
+        TrainingError: the data has no classes.
+    """
+
+    def __init__(self, config: ClassificationObjective, facts: Facts, model: nn.Module) -> None:
+        self._smoothing = config.label_smoothing
+        _, self._dtype = placement(model)
+        logits = _tried(model, facts)
+        if facts.classes is None:
+            raise TrainingError(f"{facts.kind} data has no classes", hint="use labelled images")
+        if logits.ndim != 2 or logits.shape[1] != facts.classes:
+            raise ModelStateError(
+                f"the data has {facts.classes} classes, and for 2 images the model returned "
+                f"logits {tuple(logits.shape)}; expected (2, {facts.classes})",
+                hint=f"set model.config: {{num_classes: {facts.classes}}} (timm) or "
+                f"{{num_labels: {facts.classes}}} (transformers)",
+            )
+
+    def loss(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
+        """Mean over ``images`` (B, C, H, W) with ``labels`` (B,)."""
+        return F.cross_entropy(
+            self._logits(model, batch), batch["labels"], label_smoothing=self._smoothing
+        )
+
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], *, gather: Gather = alone
+    ) -> dict[str, float]:
+        """Mean loss, without label smoothing, and the part of samples that is classified right.
+
+        Returns:
+            ``loss`` in nats, ``accuracy`` from 0 to 1, and ``samples``.
+        """
+        with evaluating(model):
+            nats, right, samples = measured(
+                batches, lambda batch: self._per_sample(model, batch), gather
+            )
+        return {"loss": nats / samples, "accuracy": right / samples, "samples": samples}
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        # float32 also where the weights are bfloat16: a loss near its floor has no bits to spare.
+        return logits_of(model(batch["images"].to(self._dtype))).float()
+
+    def _per_sample(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Nats and rightness of each sample: (B, 2)."""
+        logits, labels = self._logits(model, batch), batch["labels"]
+        nats = F.cross_entropy(logits, labels, reduction="none")
+        right = logits.argmax(dim=1) == labels
+        return torch.stack([nats, right.to(nats.dtype)], dim=1)
+
+
+def _tried(model: nn.Module, facts: Facts) -> Tensor:
+    """The logits of two empty images of the data's shape."""
+    if facts.channels is None or facts.size is None:
+        raise TrainingError(f"{facts.kind} data has no images", hint="use data of images")
+    device, dtype = placement(model)
+    images = torch.zeros(2, facts.channels, *facts.size, device=device, dtype=dtype)
+    with evaluating(model):
+        try:
+            return logits_of(model(images))
+        except BUILD_ERRORS as error:
+            # What a forward raises for a shape it was not built for is the library's choice.
+            raise _refused(model, facts, error) from error
+
+
+def _refused(model: nn.Module, facts: Facts, error: Exception) -> ModelStateError:
+    height, width = facts.size or (0, 0)
+    stem = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
+    takes = "" if stem is None else f"; its first convolution takes {stem.in_channels} channels"
+    return ModelStateError(
+        f"the data has images of {facts.channels} channels, {height} by {width} pixels, which the "
+        f"model does not take{takes}: {first_line(error)}",
+        hint="set data.channels and data.size, or the model's: model.config: {in_chans: ..., "
+        "img_size: ...} (timm), {num_channels: ..., image_size: ...} (transformers)",
+    )
