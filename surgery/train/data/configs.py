@@ -25,6 +25,115 @@ class Section(BaseModel):
     )
 
 
+# --- text -------------------------------------------------------------------------------------
+
+Length = Annotated[int, Field(ge=2)]
+
+
+class TextData(Section):
+    """Local text, tokenized once and packed into samples of one length.
+
+    Attributes:
+        path: ``stdlib`` (the source of Python's standard library, which is always there), a text
+            file, a folder, or a pattern such as ``corpus/**/*.md``.
+        pattern: Which files of a folder; ``**/*.txt`` by default.
+        tokenizer: ``bytes``; ``bpe``, trained on the training part; the folder of a tokenizer of
+            transformers; or ``hub:ORG/NAME``.
+        vocabulary: Tokens of ``bpe``.
+        length: Tokens in a sample. The last one of a sample is the first one of the next, so that
+            each token is predicted once.
+        held_out: Part of the files that is kept for evaluation: whole files, chosen by a hash of
+            their names, the same for every seed. Of a single file, its end.
+        cache: Folder for the tokens; by default ``model-surgery/tokens`` in the user's cache.
+    """
+
+    kind: Literal["text"] = "text"
+    path: Name = "stdlib"
+    pattern: Name | None = None
+    tokenizer: Name = "bytes"
+    vocabulary: Annotated[int, Field(ge=260)] | None = None
+    length: Length = 256
+    held_out: Share = 0.05
+    cache: Name | None = None
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> Self:
+        if self.tokenizer == "bpe" and self.vocabulary is None:
+            raise invalid("bpe needs data.vocabulary", at="tokenizer", hint="as in 4096")
+        if self.tokenizer != "bpe" and self.vocabulary is not None:
+            raise invalid(
+                f"the vocabulary of {self.tokenizer!r} is given; only bpe is trained to one",
+                at="vocabulary",
+                hint="leave data.vocabulary out, or use tokenizer: bpe",
+            )
+        return self
+
+
+class TokenData(Section):
+    """Shards of tokens written by ``surgery data tokenize``, mapped into memory.
+
+    Attributes:
+        path: The folder of shards.
+        length: Tokens in a sample; what the shards were made for by default.
+        verify: Whether every byte is compared with its checksum at the start. Names, sizes and
+            headers always are.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    path: Name
+    length: Length | None = None
+    verify: bool = False
+
+
+class StreamData(Section):
+    """A dataset in the hub's layout, streamed, and tokenized as it comes.
+
+    Attributes:
+        path: Id of the dataset, such as ``allenai/c4``, or a folder.
+        name: Its configuration, such as ``en``.
+        revision: Branch, tag or commit.
+        split: Split that is trained on.
+        held_out: Split that is evaluated on; None takes the first documents of ``split``, which
+            are then not trained on.
+        held_out_samples: Samples that are evaluated on at most; they are tokenized once.
+        column: Column that holds the text.
+        tokenizer: ``bytes``, the folder of a tokenizer of transformers, or ``hub:ORG/NAME``.
+        length: Tokens in a sample.
+        packing: ``packed`` cuts the joined documents into full samples; ``padded`` cuts or fills
+            up each document to one sample, as the GaLore recipes do.
+        buffer: Documents among which the next one is drawn; 1 keeps the order.
+        shuffle_seed: Seed of the order of the files and of the buffer.
+        cache: Folder for held-out tokens and bookmarks; by default ``model-surgery/streams`` in
+            the user's cache.
+    """
+
+    kind: Literal["stream"] = "stream"
+    path: Name
+    name: Name | None = None
+    revision: Name | None = None
+    split: Name = "train"
+    held_out: Name | None = "validation"
+    held_out_samples: Count = 1024
+    column: Name = "text"
+    tokenizer: Name
+    length: Length = 256
+    packing: Literal["packed", "padded"] = "packed"
+    buffer: Count = 10_000
+    shuffle_seed: Annotated[int, Field(ge=0)] = 42
+    cache: Name | None = None
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Self:
+        if self.tokenizer == "bpe":
+            raise invalid(
+                "a BPE cannot be trained on a stream",
+                at="tokenizer",
+                hint="train one on text: surgery data tokenize ... --tokenizer bpe, and give "
+                "the folder OUT/tokenizer",
+            )
+        return self
+
+
 # --- images -----------------------------------------------------------------------------------
 
 
@@ -231,6 +340,14 @@ class LatentData(Section):
 # --- all --------------------------------------------------------------------------------------
 
 DataConfig = Annotated[
-    DigitsData | FolderData | CifarData | ImagenetData | WebDatasetData | LatentData,
+    TextData
+    | TokenData
+    | StreamData
+    | DigitsData
+    | FolderData
+    | CifarData
+    | ImagenetData
+    | WebDatasetData
+    | LatentData,
     Field(discriminator="kind"),
 ]

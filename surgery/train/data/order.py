@@ -90,7 +90,7 @@ class Sweep(Sampler[list[Place]]):
             yield [Place(index, index) for index in range(first, last)]
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return (self.count + self.batch_size - 1) // self.batch_size
 
 
 def _check(count: int, batch: int) -> None:

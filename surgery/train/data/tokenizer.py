@@ -5,11 +5,10 @@ A spec says which: ``bytes``, ``bpe``, an existing folder, or ``hub:ORG/NAME[@RE
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -129,7 +128,10 @@ class BpeTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``."""
-        _publish(folder, lambda new: _write_text(new / _BPE_FILE, self._text))
+        _publish(folder, self._write)
+
+    def _write(self, folder: Path) -> None:
+        (folder / _BPE_FILE).write_text(self._text, encoding="utf-8")
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
@@ -299,7 +301,7 @@ def _transformers(name: str, spec: str, *, local: bool, revision: str | None = N
     return TransformersTokenizer(loaded, spec)
 
 
-def _publish(folder: Path, write: Any) -> None:
+def _publish(folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its place and rename it there; whoever is first wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -312,17 +314,6 @@ def _publish(folder: Path, write: Any) -> None:
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-@functools.cache
-def _library_versions() -> str:
-    import transformers
-
-    return f"transformers {transformers.__version__}"
 
 
 def _digest(*parts: object) -> str:
