@@ -102,7 +102,9 @@ def decode(file: str | os.PathLike[str] | BinaryIO, name: str, channels: Channel
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image as it will be decoded, from its header alone.
+    """Height and width of an image as it will be decoded.
+
+    Read from its header where the format keeps the orientation there; a PNG is decoded.
 
     Raises:
         DataError: it is no image.
@@ -116,6 +118,21 @@ def size_of(path: Path) -> tuple[int, int]:
     except _broken() as error:
         raise _undecodable(str(path), error) from None
     return (width, height) if swapped else (height, width)
+
+
+def open_header(path: Path) -> None:
+    """Raise unless the header of an image can be read.
+
+    Raises:
+        DataError: it is no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=formats()):
+            return
+    except _broken() as error:
+        raise _undecodable(str(path), error) from None
 
 
 def check(
@@ -139,18 +156,25 @@ def check(
     first: tuple[str, tuple[int, int]] | None = None
     for path in progress.track(paths, f"checking {folder}", len(paths)):
         try:
-            shape = size_of(folder / path)
             if how == "pixels":
                 decode(folder / path, str(folder / path), 3)
+            if size is not None:
+                open_header(folder / path)
+                continue
+            shape = size_of(folder / path)
         except DataError as error:
             broken.append(error)
             continue
         first = first or (path, shape)
-        if size is None and shape != first[1]:
+        if shape != first[1]:
             raise _mixed(folder, first, (path, shape))
-    if broken or first is None:
+    if broken:
         raise _all_broken(folder, broken)
-    return first[1] if size is None else (size, size)
+    if size is not None:
+        return size, size
+    if first is None:
+        raise DataError(f"{folder} holds no images")
+    return first[1]
 
 
 def report_others(folder: Path, others: Sequence[str]) -> None:
@@ -232,8 +256,6 @@ def _mixed(
 
 
 def _all_broken(folder: Path, broken: Sequence[DataError]) -> DataError:
-    if not broken:
-        return DataError(f"{folder} holds no images")
     if len(broken) == 1:
         return broken[0]
     listed = "".join(f"\n  {error.message}" for error in broken[:10])

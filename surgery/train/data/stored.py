@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.train.data.base import Batch, Place, Samples, positions
+from surgery.train.data.configs import Channels
+from surgery.train.data.images import decode
 from surgery.train.data.transforms import Pipeline, to_sample
 
 if TYPE_CHECKING:
@@ -97,3 +103,63 @@ class MemorySamples(ImageSamples):
             "labels": self.labels[chosen],
             "position": positions(places),
         }
+
+
+class FileSamples(ImageSamples):
+    """Image files, decoded when they are asked for.
+
+    Args:
+        folder: What the paths are relative to.
+        paths: N paths.
+        labels: int64 (N,).
+        pipeline: What is done to an image.
+        channels: 1 or 3.
+        seed: What augmentation is drawn from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        paths: Sequence[str] | NDArray[np.bytes_],
+        labels: Tensor,
+        pipeline: Pipeline,
+        *,
+        channels: Channels,
+        seed: int,
+    ) -> None:
+        super().__init__(labels, pipeline, seed)
+        self.folder = folder
+        # One array: each worker would otherwise copy a million strings as their counts change.
+        self.paths = (
+            paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(p) for p in paths])
+        )
+        self.channels: Channels = channels
+
+    def path(self, index: int) -> Path:
+        """The file of a sample."""
+        return self.folder / os.fsdecode(bytes(self.paths[index]))
+
+    def image(self, index: int) -> Image:
+        """Decode an image."""
+        path = self.path(index)
+        return decode(path, str(path), self.channels)
+
+    def take(self, indices: Tensor, pipeline: Pipeline) -> Self:
+        """Some of the files."""
+        paths = self.paths[indices.numpy()]
+        return type(self)(
+            self.folder,
+            paths,
+            self.labels[indices],
+            pipeline,
+            channels=self.channels,
+            seed=self.seed,
+        )
+
+    def identity(self) -> str:
+        """A hash of the names and sizes of the files."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            size = self.path(index).stat().st_size
+            digest.update(b"%s\0%d\0" % (bytes(self.paths[index]), size))
+        return digest.hexdigest()
