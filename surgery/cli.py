@@ -58,6 +58,7 @@ class Kind(StrEnum):
     METHODS = "methods"
     TOPOLOGIES = "topologies"
     FORMATS = "formats"
+    PRESETS = "presets"
     RULES = "rules"
 
 
@@ -72,7 +73,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm:NAME, transformers:ARCH, diffusers:CLASS, hub:ID, or an existing folder.",
+        help="timm:NAME, transformers:ARCH, diffusers:CLASS, preset:NAME, hub:ID, or an existing "
+        "folder.",
         show_default=False,
     ),
 ]
@@ -319,7 +321,10 @@ def list_names(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List passes, methods, topologies, formats and shipped rule files. Imports none of them."""
+    """List passes, methods, topologies, formats, presets and shipped rule files.
+
+    Imports none of them.
+    """
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
         found = {each.value: entries(each) for each in ([kind] if kind else Kind)}
         current.result(names_view(found), found)
@@ -405,6 +410,10 @@ def entries(kind: Kind) -> list[dict[str, str]]:
     """What is registered or shipped under one kind: names and where each comes from."""
     if kind is Kind.RULES:
         return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
+    if kind is Kind.PRESETS:
+        from surgery.sources import presets
+
+        return presets.listed()
     found = REGISTRIES[kind]
     return [{"name": name, "origin": found.origin(name)} for name in found.names()]
 

@@ -16,7 +16,7 @@ PRESETS: dict[str, Preset] = {
 #: Names with a depth in them, as a person would write the pattern → what finds the preset.
 FAMILIES: dict[str, Callable[[str], Preset | None]] = {
     "resnet-DEPTH[-basic|-bottleneck]": resnet.find_imagenet,
-    "resnet-DEPTH-cifar[-bottleneck]": resnet.find_cifar,
+    "resnet-DEPTH-cifar[-basic|-bottleneck]": resnet.find_cifar,
     "mlp-DEPTH": mlp.find,
 }
 

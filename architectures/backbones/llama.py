@@ -11,7 +11,7 @@ from typing import Any
 
 from architectures.backbones.base import Preset
 
-_GALORE = "arXiv 2403.03507 (GaLore), configs/{}.json; the same sizes in arXiv 2602.09009 (ANCRe)"
+_GALORE = "arXiv 2403.03507 and 2602.09009"
 #: name → width, width of the MLP, layers, attention heads.
 _SIZES = {
     "llama-60m": (512, 1376, 8, 8),
@@ -59,7 +59,7 @@ def _galore(name: str, width: int, mlp: int, layers: int, heads: int) -> Preset:
         mlp,
         layers,
         heads,
-        source=_GALORE.format(name.replace("-", "_")),
+        source=_GALORE,
         vocab_size=32000,
         max_position_embeddings=1024,
         bos_token_id=0,

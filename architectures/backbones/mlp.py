@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from architectures.backbones.base import Backbone, Preset, UnknownPreset
 
-_SOURCE = "ours; pre-activation residual blocks as in arXiv 1603.05027"
+_SOURCE = "ours, blocks of arXiv 1603.05027"
 _NAME = re.compile(r"mlp-(\d+)")
 #: Depths that are listed by name; any other works too.
 _LISTED = (8, 16, 64)

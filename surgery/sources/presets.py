@@ -29,6 +29,12 @@ def near(text: str) -> list[str]:
     return difflib.get_close_matches(text, PRESETS, n=2, cutoff=0.7)
 
 
+def listed() -> list[dict[str, str]]:
+    """Presets and patterns of names, each with what it stands for; nothing of it is imported."""
+    named = [{"name": each.name, "origin": _summary(each)} for each in PRESETS.values()]
+    return [*named, *({"name": pattern, "origin": "any depth"} for pattern in FAMILIES)]
+
+
 def build(name: str, request: Request) -> tuple[nn.Module, str]:
     """The preset ``name``, and the library its class is of.
 
@@ -56,6 +62,11 @@ def build(name: str, request: Request) -> tuple[nn.Module, str]:
     )
     initialise(model)
     return nn.Module.to(model, device=request.device, dtype=request.dtype), found.library
+
+
+def _summary(found: Preset) -> str:
+    where = "" if found.library == "plain" else f"{found.library} "
+    return f"{where}{found.cls}, {found.parameters:,} parameters; {found.source}"
 
 
 def _found(name: str) -> Preset:

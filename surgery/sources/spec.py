@@ -105,7 +105,7 @@ def near_specs(text: str) -> list[str]:
         transformers_models,
     )
 
-    found = [f"preset:{name}" for name in presets.near(text)]
+    found: list[str] = []
     listings: dict[str, Callable[[], list[str]]] = {
         timm_models.LIBRARY: timm_models.names,
         transformers_models.LIBRARY: transformers_models.names,
@@ -115,6 +115,7 @@ def near_specs(text: str) -> list[str]:
         if libraries.installed(library):
             close = difflib.get_close_matches(text, names(), n=2, cutoff=0.7)
             found += [f"{library}:{name}" for name in close]
+    found += [f"preset:{name}" for name in presets.near(text)]
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         found.append(f"hub:{text}")
     return found
