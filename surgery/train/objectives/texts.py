@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def draw(model: nn.Module, tokenizer: Tokenizer, config: TextSampling) -> list[s
     check(model)
     device, _ = placement(model)
     devices = [] if device.type == "cpu" else [device]
-    fork = torch.random.fork_rng(devices, device_type=device.type)  # pyright: ignore[reportUnknownMemberType]
+    fork = cast("Any", torch.random).fork_rng(devices, device_type=device.type)
     with evaluating(model), fork:
         return [_continued(model, tokenizer, prompt, config) for prompt in config.prompts]
 
