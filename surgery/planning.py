@@ -135,15 +135,17 @@ class Plan:
         from rich.table import Table
         from rich.text import Text
 
+        runs = _rows(self.edits, full=full)
+        sites = [collapse([edit.site for edit in rows]) for rows in runs]
         table = Table(title=self._title())
         # A site's name is folded, never cut: it is what a rule has to say.
+        widths = {"site": min(32, max(map(len, sites), default=0)), "contract": len("contract")}
         for name in ("rule", "site", "edit", "new", "contract"):
-            table.add_column(name, overflow="fold", min_width=32 if name == "site" else None)
-        for rows in _rows(self.edits, full=full):
+            table.add_column(name, overflow="fold", min_width=widths.get(name))
+        for rows, site in zip(runs, sites, strict=True):
             edit = rows[0]
             added = sum(spec.numel for row in rows for spec in row.adds.values())
-            sites = collapse([row.site for row in rows])
-            table.add_row(edit.rule, sites, edit.summary, human_count(added), str(edit.contract))
+            table.add_row(edit.rule, site, edit.summary, human_count(added), str(edit.contract))
         notes = [Text(f"note: {note}") for note in _notes(self.edits)]
         warnings = [Text(f"warning: {text}", style="yellow") for text in self.warnings]
         unmatched = [Text(f"optional rule {rule!r} matched nothing") for rule in self.unmatched]
