@@ -49,9 +49,10 @@ class Task:
         total: How many units there are, or None when nobody knows.
         unit: What is counted.
         done: How many units are done.
+        note: What else there is to say while it runs, such as the loss.
     """
 
-    __slots__ = ("_listener", "done", "title", "total", "unit")
+    __slots__ = ("_listener", "done", "note", "title", "total", "unit")
 
     def __init__(
         self, title: str, total: int | None, unit: Unit, listener: Listener | None
@@ -60,6 +61,7 @@ class Task:
         self.total = total
         self.unit: Unit = unit
         self.done = 0
+        self.note = ""
         # Held, not looked up: a worker thread does not inherit the context of its parent.
         self._listener = listener
 

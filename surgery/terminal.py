@@ -114,6 +114,7 @@ class Bars:
             BarColumn(),
             _Amount(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
         )
@@ -135,11 +136,13 @@ class Bars:
 
     def started(self, task: progress.Task) -> None:
         """Add a bar."""
-        self._ids[task] = self._progress.add_task(task.title, total=task.total, unit=task.unit)
+        self._ids[task] = self._progress.add_task(
+            task.title, total=task.total, unit=task.unit, note=""
+        )
 
     def advanced(self, task: progress.Task) -> None:
         """Move it."""
-        self._progress.update(self._ids[task], completed=task.done)
+        self._progress.update(self._ids[task], completed=task.done, note=task.note)
 
     def finished(self, task: progress.Task) -> None:
         """Remove it."""

@@ -1,0 +1,173 @@
+"""Accelerate, set up as a configuration says and never as the environment happens to be.
+
+Works alone, under ``accelerate launch`` and under ``torchrun``: what these decide is how many
+processes there are. Precision, accumulation, compilation and sharding come from the configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from surgery.errors import ConfigError, TrainingError
+from surgery.sources.libraries import require
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    from surgery.train.config import PretrainConfig, TrainConfig
+
+_USE_FSDP = "ACCELERATE_USE_FSDP"
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@contextmanager
+def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Accelerator]:
+    """An accelerator for one run; what it changed globally is put back.
+
+    Args:
+        config: The configuration.
+        wrapped: Class names of the modules that FSDP2 gathers one at a time.
+
+    Raises:
+        ConfigError: the batch cannot be split over the ranks, or the device or the launcher does
+            not go with the configuration.
+    """
+    launched = os.environ.get(_USE_FSDP)
+    _check_launcher(config.train, launched)
+    try:
+        accelerator = _accelerator(config.train, wrapped)
+        _check_ranks(config.train, accelerator)
+        yield accelerator
+    finally:
+        _forget(launched)
+
+
+def leave() -> None:
+    """End the process group, if there is one: the last thing that a launched process does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def ranks() -> int:
+    """Processes that the launcher started; 1 where there is no launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Accelerator:
+    require("accelerate")
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import (
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        TorchDynamoPlugin,
+    )
+
+    sharded = train.parallel == "fsdp2" and ranks() > 1
+    plugin = _sharding(wrapped) if sharded else None
+    accelerator = Accelerator(
+        cpu=_on_cpu(train),
+        mixed_precision=_PRECISION[train.precision],
+        # One batch is split over the ranks: what is seen does not depend on how many there are.
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, dispatch_batches=False, even_batches=True, non_blocking=True
+        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=train.accumulate, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        dynamo_plugin=TorchDynamoPlugin(backend=cast("Any", "inductor" if train.compile else "no")),
+        fsdp_plugin=plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
+        step_scheduler_with_optimizer=False,
+    )
+    if plugin is not None:
+        _shard_on_cpu_too(accelerator, plugin)
+    return accelerator
+
+
+def _sharding(wrapped: Sequence[str]) -> FullyShardedDataParallelPlugin:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(wrapped),
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def _shard_on_cpu_too(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Shard over gloo as over NCCL: torch can, accelerate leaves it out for CPU processes."""
+    from accelerate.utils import DistributedType
+
+    state: Any = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = plugin
+
+
+def _on_cpu(train: TrainConfig) -> bool:
+    return train.device == "cpu" or not torch.accelerator.is_available()
+
+
+def _check_launcher(train: TrainConfig, launched: str | None) -> None:
+    if (launched or "").lower() == "true" and train.parallel != "fsdp2":
+        raise ConfigError(
+            f"the launcher asks for FSDP, and train.parallel is {train.parallel}",
+            hint="set train.parallel=fsdp2, or launch without FSDP",
+        )
+    if train.precision == "fp16" and _on_cpu(train):
+        raise ConfigError(
+            "precision fp16 needs an accelerator, and the run is on the CPU",
+            hint="use train.precision=bf16 or fp32",
+        )
+
+
+def _check_ranks(train: TrainConfig, accelerator: Accelerator) -> None:
+    parts = accelerator.num_processes * train.accumulate
+    if train.batch % parts:
+        raise ConfigError(
+            f"a batch of {train.batch} cannot be split over {accelerator.num_processes} ranks and "
+            f"{train.accumulate} accumulation steps",
+            hint=f"set train.batch to a multiple of {parts}",
+        )
+
+
+def _forget(launched: str | None) -> None:
+    """Accelerate keeps its state in class attributes and the environment; the next run has its own.
+
+    The process group stays: it is the launcher's, and a process has one.
+    """
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
+    GradientState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    if launched is None:
+        os.environ.pop(_USE_FSDP, None)
+    else:
+        os.environ[_USE_FSDP] = launched
+
+
+def main_process() -> bool:
+    """Whether this is the process that speaks; known before there is an accelerator."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_alive(error: Exception) -> TrainingError | None:
+    """The error to raise where a collective failed because another rank is gone."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Timed out waiting", "timed out", "Connection reset")
+    if ranks() == 1 or not any(sign in text for sign in signs):
+        return None
+    return TrainingError(
+        f"another rank died or stopped answering: {text.partition(chr(10))[0]}",
+        hint="its own error is in its output; a rank that is only slow needs a longer "
+        "train.timeout",
+    )

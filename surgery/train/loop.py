@@ -1,0 +1,323 @@
+"""The training loop: batches in, weights, log lines and checkpoints out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import progress
+from surgery.passes.streams import shortcuts
+from surgery.train.watch import Blame, Watch, failure
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+
+    from surgery.train.config import PretrainConfig
+    from surgery.train.data.base import Batch, Data
+    from surgery.train.logs import RunLog
+    from surgery.train.objectives.base import Objective
+    from surgery.train.optimizers import Schedule
+    from surgery.train.snapshot import Snapshot
+    from surgery.train.watch import Verdict
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Clock:
+    """Time spent in training steps: evaluation, sampling and checkpoints stand aside.
+
+    Attributes:
+        seconds: Over all parts of the run, up to the last stop.
+    """
+
+    seconds: float = 0.0
+    _since: float | None = None
+
+    def start(self) -> None:
+        """Run."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stand still."""
+        self.seconds = self.now
+        self._since = None
+
+    @property
+    def now(self) -> float:
+        """Seconds so far."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Stand still inside."""
+        self.stop()
+        yield
+        self.start()
+
+
+@dataclass
+class Loop:
+    """Everything a step needs.
+
+    Attributes:
+        config: The configuration.
+        out: The run's folder.
+        accelerator: The engine.
+        model: The prepared model.
+        plain: The same without wrappers.
+        optimizer: The prepared optimizer.
+        schedule: Of its learning rate.
+        aim: The objective.
+        data: What is trained and evaluated on.
+        snapshot: Saves and loads all of it.
+        watch: Judges every step.
+        log: On the main rank.
+        tell: Told a line for people now and then; None says nothing.
+        clock: Time spent in steps.
+        evaluation: What the last evaluation gave.
+    """
+
+    config: PretrainConfig
+    out: Path
+    accelerator: Accelerator
+    model: nn.Module
+    plain: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    aim: Objective
+    data: Data
+    snapshot: Snapshot
+    watch: Watch
+    log: RunLog | None
+    tell: Tell | None = None
+    clock: Clock = field(default_factory=Clock)
+    evaluation: dict[str, float] = field(default_factory=dict[str, float])
+
+    def run(self, done: int) -> None:
+        """Train from step ``done`` + 1 to the last.
+
+        Raises:
+            TrainingError: a step is not finite or a spike, and the configuration says to stop.
+            CheckpointError: the disk is full.
+        """
+        steps = self.config.train.steps
+        self._parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        self._logged = (done, self.clock.seconds)
+        self._batches = self._training_batches(done)
+        with progress.task("training", total=steps) as task:
+            task.advance(done)
+            self.clock.start()
+            for step in range(done + 1, steps + 1):
+                loss, norm = self._step(step)
+                if self._due(step, self.config.log.every):
+                    task.note = self._log_step(step, loss, norm)
+                self._sometimes(step)
+                task.advance()
+            self.clock.stop()
+
+    def _sometimes(self, step: int) -> None:
+        """What does not happen at every step."""
+        config, sampling = self.config, self.aim.sample_every
+        if config.log.matrices is not None and step % config.log.matrices == 0:
+            self._log_matrices(step)
+        if self._due(step, config.evaluate.every):
+            with self.clock.aside():
+                self._evaluate(step)
+        if sampling is not None and step % sampling == 0:
+            with self.clock.aside():
+                self._sample(step)
+        if self._due(step, config.checkpoint.every):
+            with self.clock.aside():
+                self._save(step)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.config.train.steps
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; the loss over this rank's samples, and the norm of the gradient."""
+        accumulate = self.config.train.accumulate
+        total: Tensor | None = None
+        for _ in range(accumulate):
+            batch = next(self._batches)
+            with self.accelerator.accumulate(self.model):
+                loss = self.aim.loss(self.model, batch, step=step)
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None  # noqa: S101 - accumulate is at least 1
+        loss = total / accumulate
+        norm = self._gradient_norm()
+        if self._judge(step, loss, norm):
+            self.optimizer.step()
+            self.aim.stepped()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss, norm
+
+    def _gradient_norm(self) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        clip = self.config.train.clip
+        if clip is not None:
+            norm = self.accelerator.clip_grad_norm_(self._parameters, clip)
+        else:
+            self.accelerator.unscale_gradients()
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        assert isinstance(norm, Tensor)  # noqa: S101 - only DeepSpeed gives a float
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _judge(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the optimizer may make this step."""
+        alone = self.accelerator.num_processes == 1
+        known = alone or self.watch.follows_loss
+        value = float(self._over_ranks(loss)) if known else None
+        verdict = self.watch.judge(value, float(norm))
+        if verdict == "fine":
+            self.watch.stops(verdict)
+            return True
+        self._trouble(step, verdict, float(self._over_ranks(loss)), float(norm))
+        return False
+
+    def _trouble(self, step: int, verdict: Verdict, loss: float, norm: float) -> None:
+        """Stop the run, or write down that the step is skipped."""
+        seen = self.watch.describe(verdict, loss, norm)
+        culprit = self._culprit(step) if verdict == "not finite" else "all values are finite"
+        error = failure(step, seen, self._positions(step), culprit)
+        event = {"reason": error.message}
+        if self.watch.stops(verdict):
+            self._write("event", step, {"event": "stopped", **event})
+            raise error
+        self._write("event", step, {"event": "skipped", **event})
+        self._say(f"skipped: {error.message}")
+
+    def _culprit(self, step: int) -> str:
+        """Run the batch again, looking at every module; the first in trouble on any rank."""
+        from accelerate.utils import gather_object
+
+        self.optimizer.zero_grad()
+        blame = Blame(self.plain)
+        again = self._training_batches(step - 1)
+        with blame.watching():
+            for _ in range(self.config.train.accumulate):
+                self.aim.loss(self.plain, next(again), step=step).backward()
+        found: list[str] = [each for each in gather_object([blame.found]) if each is not None]
+        return found[0] if found else "run again, every module's output and gradient is finite"
+
+    def _positions(self, step: int) -> tuple[int, int]:
+        batch = self.config.train.batch
+        return (step - 1) * batch, step * batch - 1
+
+    def _training_batches(self, done: int) -> Iterator[Batch]:
+        """This rank's batches from step ``done`` + 1 on, on its device."""
+        from surgery.train.data import training_loader
+
+        train = self.config.train
+        loader = training_loader(
+            self.data.train,
+            batch=train.batch // train.accumulate,
+            seed=self.config.seed,
+            start=done * train.accumulate,
+            workers=train.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        return iter(self._prepared(loader))
+
+    def _prepared(self, loader: DataLoader[Batch]) -> Any:
+        return self.accelerator.prepare_data_loader(loader)
+
+    def _log_step(self, step: int, loss: Tensor, norm: Tensor) -> str:
+        """Write the line of a step; return it in words."""
+        value = float(self._over_ranks(loss))
+        size = self.data.facts.length or 1
+        tokens = step * self.config.train.batch * size
+        seconds = self.clock.now
+        before, then = self._logged
+        rate = (step - before) * self.config.train.batch * size / max(seconds - then, 1e-9)
+        self._logged = (step, seconds)
+        line = {
+            "loss": value,
+            "lr": float(self.schedule.get_last_lr()[0]),
+            "grad_norm": float(norm),
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "per_second": round(rate, 2),
+        }
+        self._write("step", step, line)
+        unit = "tokens" if self.data.facts.length else "samples"
+        left = _duration((self.config.train.steps - step) * seconds / step)
+        said = f"loss {value:.4f}, {rate:,.0f} {unit}/s, {left} left"
+        self._say(f"step {step}/{self.config.train.steps}: {said}")
+        return said
+
+    def _log_matrices(self, step: int) -> None:
+        # Every rank asks: a sharded model gathers its coefficients for it.
+        found = shortcuts(self.plain)
+        if found and self.log is not None:
+            self.log.matrices(step, found)
+
+    def _evaluate(self, step: int) -> None:
+        from surgery.train.data import evaluation_loader
+
+        section, train = self.config.evaluate, self.config.train
+        ranks = self.accelerator.num_processes
+        loader = evaluation_loader(
+            self.data.held_out,
+            batch=(section.batch or train.batch // (ranks * train.accumulate)) * ranks,
+            count=section.samples,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        with progress.task("evaluating"):
+            self.evaluation = self.aim.evaluate(
+                self.model, self._prepared(loader), gather=self.accelerator.gather_for_metrics
+            )
+        self._write("evaluation", step, self.evaluation)
+        told = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluation.items())
+        self._say(f"step {step}: held out: {told}")
+
+    def _sample(self, step: int) -> None:
+        folder = self.out / "samples" if self.accelerator.is_main_process else None
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        with progress.task("sampling"), self.aim.averaged():
+            self.aim.sample(self.plain, folder, step)
+
+    def _save(self, step: int) -> None:
+        from surgery.train import checkpoints
+
+        folder = self.out / "checkpoints"
+        with progress.task("saving a checkpoint"):
+            self.snapshot.save(folder, step, self.clock.seconds, self.config.dump())
+        if self.accelerator.is_main_process:
+            checkpoints.prune(folder, self.config.checkpoint.keep)
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return loss
+        reduced = self.accelerator.reduce(loss, reduction="mean")
+        assert isinstance(reduced, Tensor)  # noqa: S101 - a tensor is reduced to a tensor
+        return reduced
+
+    def _write(self, kind: Any, step: int, values: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(kind, step, values)
+
+    def _say(self, text: str) -> None:
+        if self.tell is not None and self.accelerator.is_main_process:
+            self.tell(text)
+
+
+def _duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

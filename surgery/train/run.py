@@ -1,0 +1,223 @@
+"""``pretrain``: a configuration becomes a run folder with a trained model in it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from surgery import progress
+from surgery.checkpoints import save
+from surgery.errors import TrainingError
+from surgery.train import checkpoints, randomness
+from surgery.train.assembly import build_model, wrapped_classes
+from surgery.train.engine import engine
+from surgery.train.logs import LOG, RunLog
+from surgery.train.loop import Clock, Loop
+from surgery.train.optimizers import build_optimizer, build_schedule
+from surgery.train.snapshot import Snapshot
+from surgery.train.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from surgery.train.config import PretrainConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+AVERAGED = "model-ema"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left.
+
+    Attributes:
+        out: Its folder.
+        steps: Optimizer steps done.
+        seconds: Spent in them.
+        evaluation: What the last evaluation gave; empty where there was none.
+    """
+
+    out: Path
+    steps: int
+    seconds: float
+    evaluation: dict[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The trained model, for ``surgery.restore``."""
+        return self.out / MODEL
+
+    @property
+    def averaged(self) -> Path | None:
+        """The model with averaged weights; None where the objective keeps none."""
+        folder = self.out / AVERAGED
+        return folder if folder.is_dir() else None
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> Run:
+    """Train a model from random weights.
+
+    Works alone, under ``accelerate launch`` and under ``torchrun``.
+
+    Args:
+        config: What is trained, on what, and how.
+        out: Folder of the run; created.
+        resume: Go on from the last checkpoint in ``out``, or start where there is none.
+        tell: Told a line for people now and then, on the main rank.
+
+    Returns:
+        Where the result is, and what the last evaluation gave.
+
+    Raises:
+        ConfigError: the configuration does not go with the ranks, the device or the launcher.
+        DataError: the data is missing or broken.
+        ModelStateError: the model does not fit the data.
+        CheckpointError: there is a run in ``out`` already, its checkpoint is of another
+            configuration, or the disk is full.
+        TrainingError: the loss or a gradient is not finite, and the configuration says to stop.
+    """
+    start = _start(config, out, resume=resume)
+    model = build_model(config)
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(engine(config, wrapped_classes(model)))
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            _write_config(config, out)
+        accelerator.wait_for_everyone()
+        loop = _assembled(config, out, accelerator, model, tell)
+        done = 0 if start is None else _go_on(loop, start)
+        if accelerator.is_main_process:
+            loop.log = stack.enter_context(
+                RunLog(out, tensorboard=config.log.tensorboard, step=done)
+            )
+        loop.run(done)
+        _save_result(loop)
+        return Run(out, config.train.steps, loop.clock.seconds, loop.evaluation)
+
+
+def _start(config: PretrainConfig, out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None for a run from the start."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is a file, expected a folder for the run")
+    if resume:
+        found = checkpoints.latest(out / CHECKPOINTS)
+        if found is not None:
+            _, saved = checkpoints.read_progress(found)
+            checkpoints.check_same(found, saved, config.dump())
+        return found
+    if (out / LOG).exists() or (out / CHECKPOINTS).exists():
+        raise TrainingError(
+            f"{out} holds a run already",
+            hint="go on with resume (--resume), or name another folder (--out)",
+        )
+    return None
+
+
+def _write_config(config: PretrainConfig, out: Path) -> None:
+    beside = out / f".{CONFIG}.{secrets.token_hex(4)}"
+    beside.write_text(config.to_yaml(), encoding="utf-8")
+    beside.replace(out / CONFIG)
+
+
+def _assembled(
+    config: PretrainConfig,
+    out: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tell: Callable[[str], None] | None,
+) -> Loop:
+    """The loop of a run from the start, without a log."""
+    from surgery.train.data import open_data
+    from surgery.train.objectives import objective
+
+    with accelerator.main_process_first(), progress.task("opening the data"):
+        data = open_data(config.data, seed=config.seed)
+    model.to(accelerator.device)
+    aim = objective(config, data, model)
+    optimizer = build_optimizer(model, config.optim)
+    schedule = build_schedule(optimizer, config.schedule, config.train.steps)
+    prepared, stepper = cast("Any", accelerator.prepare(model, optimizer))
+    plain = cast("nn.Module", accelerator.unwrap_model(prepared, keep_torch_compile=False))
+    aim.start(plain)
+    watch = Watch(config.train)
+    randomness.seed_all(config.seed, accelerator.process_index)
+    snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch)
+    return Loop(
+        config=config,
+        out=out,
+        accelerator=accelerator,
+        model=prepared,
+        plain=plain,
+        optimizer=stepper,
+        schedule=schedule,
+        aim=aim,
+        data=data,
+        snapshot=snapshot,
+        watch=watch,
+        log=None,
+        tell=tell,
+    )
+
+
+def _go_on(loop: Loop, start: Path) -> int:
+    """Put everything into the state of a checkpoint; the steps it had done."""
+    saved, _ = checkpoints.read_progress(start)
+    loop.snapshot.load(start, saved, loop.config.seed)
+    loop.clock = Clock(saved.seconds)
+    return saved.step
+
+
+def _save_result(loop: Loop) -> None:
+    """Write the trained model, and the averaged one where there is an average."""
+    objective = loop.config.objective
+    _save_model(loop, loop.out / MODEL)
+    if objective.kind == "diffusion" and objective.ema is not None:
+        with loop.aim.averaged():
+            _save_model(loop, loop.out / AVERAGED)
+
+
+def _save_model(loop: Loop, folder: Path) -> None:
+    accelerator = loop.accelerator
+    model = _whole(loop) if loop.snapshot.sharded else loop.plain
+    if accelerator.is_main_process:
+        with _bare(model):
+            save(model, folder)
+    accelerator.wait_for_everyone()
+
+
+def _whole(loop: Loop) -> nn.Module:
+    """A sharded model gathered on the main rank, as the class it was built as."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(loop.plain, options=options)
+    if not loop.accelerator.is_main_process:
+        return loop.plain
+    model = build_model(loop.config)
+    model.load_state_dict(weights)
+    return model
+
+
+@contextmanager
+def _bare(model: nn.Module) -> Generator[None]:
+    """Without the forward that accelerate hangs on the object for autocast."""
+    own = vars(model)
+    hung = {name: own.pop(name) for name in ("forward", "_original_forward") if name in own}
+    try:
+        yield
+    finally:
+        own.update(hung)
