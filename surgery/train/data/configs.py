@@ -164,6 +164,13 @@ Fit = Literal["center", "imagenet", "adm"]
 Check = Literal["none", "headers", "pixels"]
 
 
+def _check_size(size: int | None, augment: Augment, check: Check) -> None:
+    if size is None and augment.resized_crop:
+        raise invalid("a resized crop needs data.size", at="augment")
+    if size is None and check == "none":
+        raise invalid("check: none needs data.size, for shapes are not looked at", at="check")
+
+
 class DigitsData(Section):
     """The 1797 handwritten digits that ship with scikit-learn: 8 × 8, one channel, ten classes.
 
@@ -214,10 +221,7 @@ class FolderData(Section):
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
-        if self.size is None and self.augment.resized_crop:
-            raise invalid("a resized crop needs data.size", at="augment")
-        if self.size is None and self.check == "none":
-            raise invalid("check: none needs data.size, for shapes are not looked at", at="check")
+        _check_size(self.size, self.augment, self.check)
         return self
 
 
@@ -283,7 +287,9 @@ class WebDatasetData(Section):
         channels: 1 (grey) or 3 (colour).
         fit: How an image becomes ``size`` × ``size``.
         augment: At random on training samples.
-        index: Where the table of members is kept; None keeps it in memory only.
+        check: What is looked at before training starts; ``none`` needs ``size``.
+        index: File that keeps the table of members, which is made anew when a shard has changed;
+            None reads every shard's headers at each start.
     """
 
     kind: Literal["webdataset"] = "webdataset"
@@ -296,12 +302,12 @@ class WebDatasetData(Section):
     channels: Channels = 3
     fit: Fit = "center"
     augment: Augment = Augment()
+    check: Check = "headers"
     index: Name | None = None
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
-        if self.size is None and self.augment.resized_crop:
-            raise invalid("a resized crop needs data.size", at="augment")
+        _check_size(self.size, self.augment, self.check)
         return self
 
 

@@ -139,7 +139,7 @@ def without_labels(folder: Path) -> Listing:
 
 def _shape(folder: Path, paths: Sequence[str], config: FolderData) -> tuple[int, int]:
     if config.check != "none":
-        return images.check(folder, paths, config.check, config.size)
+        return images.check_files(folder, paths, config.check, config.size)
     assert config.size is not None, "the configuration refuses check: none without a size"  # noqa: S101
     return config.size, config.size
 

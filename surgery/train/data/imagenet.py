@@ -33,8 +33,8 @@ def open_imagenet(config: ImagenetData, *, seed: int) -> Data:
     train, held_out = by_class(train_folder), _held_out(held_out_folder)
     _compare(train_folder, train, held_out_folder, held_out)
     if config.check != "none":
-        images.check(train_folder, train.paths, config.check, config.size)
-        images.check(held_out_folder, held_out.paths, config.check, config.size)
+        images.check_files(train_folder, train.paths, config.check, config.size)
+        images.check_files(held_out_folder, held_out.paths, config.check, config.size)
     shape = (config.size, config.size)
     return Data(
         train=FileSamples(

@@ -17,19 +17,22 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from surgery import progress
 from surgery.errors import DataError
+from surgery.train.data.configs import Channels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-Channels = Literal[1, 3]
+#: A path, or the bytes as an open file.
+File = str | os.PathLike[str] | BinaryIO
 
 # Formats that Pillow names but cannot decode, and EPS, for which it starts another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -78,11 +81,11 @@ def find(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(images), sorted(others)
 
 
-def decode(file: str | os.PathLike[str] | BinaryIO, name: str, channels: Channels) -> Image:
+def decode(file: File, name: str, channels: Channels) -> Image:
     """Decode an image as the module's docstring says.
 
     Args:
-        file: A path, or the bytes as an open file.
+        file: The image.
         name: What an error calls it.
         channels: 3 for mode RGB, 1 for mode L.
 
@@ -101,7 +104,7 @@ def decode(file: str | os.PathLike[str] | BinaryIO, name: str, channels: Channel
         raise _undecodable(name, error) from None
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(file: File, name: str) -> tuple[int, int]:
     """Height and width of an image as it will be decoded.
 
     Read from its header where the format keeps the orientation there; a PNG is decoded.
@@ -112,16 +115,16 @@ def size_of(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=formats()) as image:
+        with Image.open(file, formats=formats()) as image:
             width, height = image.size
             swapped = image.getexif().get(_ORIENTATION, 1) in {5, 6, 7, 8}
     except _broken() as error:
-        raise _undecodable(str(path), error) from None
+        raise _undecodable(name, error) from None
     return (width, height) if swapped else (height, width)
 
 
-def open_header(path: Path) -> None:
-    """Raise unless the header of an image can be read.
+def open_header(file: File, name: str) -> None:
+    """Read the header of an image.
 
     Raises:
         DataError: it is no image.
@@ -129,20 +132,25 @@ def open_header(path: Path) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=formats()):
+        with Image.open(file, formats=formats()):
             return
     except _broken() as error:
-        raise _undecodable(str(path), error) from None
+        raise _undecodable(name, error) from None
 
 
 def check(
-    folder: Path, paths: Sequence[str], how: Literal["headers", "pixels"], size: int | None
+    where: object,
+    files: Iterable[tuple[str, Callable[[], File]]],
+    count: int,
+    how: Literal["headers", "pixels"],
+    size: int | None,
 ) -> tuple[int, int]:
     """Look at every image once, so that a broken one does not end a run hours later.
 
     Args:
-        folder: What the paths are relative to.
-        paths: At least one.
+        where: What holds the images, for messages.
+        files: What errors call each image, and a way to open it; at least one.
+        count: How many there are.
         how: Read the headers only, or decode everything.
         size: What images will be resized to; None if they must have one shape as they are.
 
@@ -150,31 +158,39 @@ def check(
         Height and width of the samples.
 
     Raises:
-        DataError: naming every broken file, or two files of different shapes.
+        DataError: naming every broken image, or two images of different shapes.
     """
     broken: list[DataError] = []
     first: tuple[str, tuple[int, int]] | None = None
-    for path in progress.track(paths, f"checking {folder}", len(paths)):
+    for name, opened in progress.track(files, f"checking {where}", count):
         try:
             if how == "pixels":
-                decode(folder / path, str(folder / path), 3)
+                decode(opened(), name, 3)
             if size is not None:
-                open_header(folder / path)
+                open_header(opened(), name)
                 continue
-            shape = size_of(folder / path)
+            shape = size_of(opened(), name)
         except DataError as error:
             broken.append(error)
             continue
-        first = first or (path, shape)
+        first = first or (name, shape)
         if shape != first[1]:
-            raise _mixed(folder, first, (path, shape))
+            raise _mixed(where, first, (name, shape))
     if broken:
-        raise _all_broken(folder, broken)
+        raise _all_broken(where, broken)
     if size is not None:
         return size, size
     if first is None:
-        raise DataError(f"{folder} holds no images")
+        raise DataError(f"{where} holds no images")
     return first[1]
+
+
+def check_files(
+    folder: Path, paths: Sequence[str], how: Literal["headers", "pixels"], size: int | None
+) -> tuple[int, int]:
+    """``check`` for files; their paths are relative to the folder."""
+    files = ((str(folder / path), partial(Path, folder, path)) for path in paths)
+    return check(folder, files, len(paths), how, size)
 
 
 def report_others(folder: Path, others: Sequence[str]) -> None:
@@ -244,23 +260,23 @@ def _undecodable(name: str, error: Exception) -> DataError:
 
 
 def _mixed(
-    folder: Path, one: tuple[str, tuple[int, int]], other: tuple[str, tuple[int, int]]
+    where: object, one: tuple[str, tuple[int, int]], other: tuple[str, tuple[int, int]]
 ) -> DataError:
     shapes = " and ".join(
         f"{path} is {height} high and {width} wide" for path, (height, width) in (one, other)
     )
     return DataError(
-        f"{folder} holds images of different shapes: {shapes}",
+        f"{where} holds images of different shapes: {shapes}",
         hint="give data.size, and every image is resized and cropped to it",
     )
 
 
-def _all_broken(folder: Path, broken: Sequence[DataError]) -> DataError:
+def _all_broken(where: object, broken: Sequence[DataError]) -> DataError:
     if len(broken) == 1:
         return broken[0]
     listed = "".join(f"\n  {error.message}" for error in broken[:10])
     more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
     return DataError(
-        f"{folder}: {len(broken)} files cannot be decoded as images:{listed}{more}",
+        f"{where}: {len(broken)} images cannot be decoded:{listed}{more}",
         hint="replace or remove them",
     )
