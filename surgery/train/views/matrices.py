@@ -6,7 +6,8 @@ the lower triangle exists: a state cannot be added before it was computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ from torch import Tensor
 from surgery.errors import TrainingError
 from surgery.train.views import canvas
 from surgery.train.views.canvas import Array, Axes, Figure
+from surgery.train.views.runs import Frames
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap, Normalize
 
+_MOST_ROWS = 3
+"""More stacks than this stand in two columns."""
+_MOST_COLUMNS, _MOST_FRAMES = 6, 100
 STATE, SITE = "state j (enters block j)", "site k"
 
 
@@ -204,3 +209,133 @@ def add_scale(
     bar.ax.tick_params(labelsize=8)
     bar.set_label(label, fontsize=9)
     bar.outline.set_linewidth(0.5)
+
+
+def at_the_end(stacks: Sequence[Frames]) -> Figure:
+    """The last matrix of every stack, and beside it what has changed since the first record."""
+    last = [frames.values[-1] for frames in stacks]
+    change = [frames.values[-1] - frames.values[0] for frames in stacks]
+    columns = 1 if len(stacks) <= _MOST_ROWS else 2
+    rows = math.ceil(len(stacks) / columns)
+    side = _side(stacks, 3.9 if rows == 1 else 3.2)
+    figure = canvas.new_figure(2 * columns * side + 2.4, rows * (side + 0.35) + 0.7)
+    left, right = figure.subfigures(1, 2)
+    steps = stacks[0].steps
+    _grid(left, stacks, last, Scale.over(last), columns)
+    left.suptitle(f"Coefficients at step {steps[-1]}", fontsize=12)
+    _grid(right, stacks, change, _scale_of_change(change), columns, label="change")
+    right.suptitle(f"Change since step {steps[0]}{_named_start(stacks)}", fontsize=12)
+    return figure
+
+
+def over_time(stacks: Sequence[Frames]) -> Figure:
+    """Every stack at up to six steps, from the first record to the last, in one scale."""
+    scale = _scale_of_run(stacks)
+    chosen = evenly(len(stacks[0].steps), _MOST_COLUMNS)
+    side = _side(stacks, 2.3)
+    width, height = len(chosen) * side + 1.7, len(stacks) * side + 1.3
+    figure = canvas.new_figure(max(width, 4.5), height)
+    grid = figure.subplots(len(stacks), len(chosen), squeeze=False)
+    for row, frames in enumerate(stacks):
+        for column, at in enumerate(chosen):
+            axes = grid[row, column]
+            draw_matrix(axes, frames.values[at], scale, labels=False, most_ticks=6)
+            if row == 0:
+                axes.set_title(f"step {frames.steps[at]}", fontsize=10)
+            if row == len(stacks) - 1:
+                axes.set_xlabel("state j", fontsize=9)
+        grid[row, 0].set_ylabel(f"{canvas.wrapped(frames.stack, 18)}\nsite k", fontsize=9)
+    add_scale(figure, list(grid.flat), scale)
+    figure.suptitle(
+        f"Coefficients over time{_named_start(stacks, ', from the ')}\n"
+        "row k: what is added after block k; column j: the state that enters block j",
+        fontsize=11,
+    )
+    return figure
+
+
+def animated(stacks: Sequence[Frames], total: int | None) -> Iterator[Array]:
+    """Up to a hundred pictures of every stack, one per record, in one scale.
+
+    Args:
+        stacks: At least one, with at least one record.
+        total: Steps of the whole run, if they are known.
+
+    Yields:
+        ``(height, width, 3)`` uint8, all of one size and layout.
+    """
+    scale = _scale_of_run(stacks)
+    columns = min(len(stacks), 3)
+    side = _side(stacks, 4.0 if len(stacks) == 1 else 3.0)
+    rows = math.ceil(len(stacks) / columns)
+    figure = canvas.new_figure(columns * side + 1.4, rows * (side + 0.3) + 0.8, dpi=100)
+    images = _grid(figure, stacks, [frames.values[0] for frames in stacks], scale, columns)
+    # As wide as it will get, so that the layout holds for every frame.
+    last = int(stacks[0].steps[-1])
+    title = figure.suptitle(_clock(last, total), fontsize=12)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    for at in evenly(len(stacks[0].steps), _MOST_FRAMES):
+        for frames, image in zip(stacks, images, strict=True):
+            image.set_data(np.ma.masked_invalid(frames.values[at]))
+        title.set_text(_clock(int(stacks[0].steps[at]), total))
+        yield canvas.as_array(figure)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` of ``count`` places, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})
+
+
+def _clock(step: int, total: int | None) -> str:
+    return f"step {step}" if total is None else f"step {step} of {total}"
+
+
+def _grid(
+    figure: Figure,
+    stacks: Sequence[Frames],
+    matrices: Sequence[Array],
+    scale: Scale,
+    columns: int,
+    *,
+    label: str = "coefficient",
+) -> list[Any]:
+    """One matrix per stack, in rows of ``columns``, with one colour bar; returns the images."""
+    rows = math.ceil(len(stacks) / columns)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    images: list[Any] = []
+    for at, (frames, matrix) in enumerate(zip(stacks, matrices, strict=True)):
+        most = 12 if len(stacks) == 1 else 8
+        images.append(draw_matrix(grid[at], matrix, scale, labels=False, most_ticks=most))
+        grid[at].set_title(canvas.wrapped(frames.stack, 30), fontsize=9)
+        if at % columns == 0:
+            grid[at].set_ylabel(SITE, fontsize=9)
+        if at + columns >= len(stacks):
+            grid[at].set_xlabel(STATE, fontsize=9)
+    for axes in grid[len(stacks) :]:
+        axes.remove()
+    add_scale(figure, grid[: len(stacks)], scale, label=label)
+    return images
+
+
+def _side(stacks: Sequence[Frames], wanted: float) -> float:
+    """Inches of one matrix: a deep stack needs room for its cells."""
+    return max(wanted, 0.045 * max(frames.sites for frames in stacks))
+
+
+def _scale_of_run(stacks: Sequence[Frames]) -> Scale:
+    return Scale.over([matrix for frames in stacks for matrix in frames.values])
+
+
+def _scale_of_change(changes: Sequence[Array]) -> Scale:
+    """With two sides always: what grows is red, what shrinks is blue."""
+    return Scale(Scale.over(changes).top, signed=True)
+
+
+def _named_start(stacks: Sequence[Frames], before: str = ", the ") -> str:
+    """The way the stacks started, if it is one and known."""
+    names = {start_of(frames.values[0]) for frames in stacks}
+    (name,) = names if len(names) == 1 else (None,)
+    return "" if name is None else f"{before}{name}"
