@@ -84,7 +84,9 @@ def test_convolutions_start_by_fan_out_and_norms_at_one() -> None:
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * 9
             # 432 draws or more: the deviation of their deviation is below 4 %, five of them 20 %.
-            assert float(module.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=0.2)
+            assert float(module.weight.detach().std()) == pytest.approx(
+                (2 / fan_out) ** 0.5, rel=0.2
+            )
         if isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
             assert not module.bias.any()
