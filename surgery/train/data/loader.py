@@ -46,6 +46,8 @@ def training_loader(
             samples.at(start * batch),
             batch_size=batch,
             num_workers=min(workers, 1),
+            # Not forked: connections to the hub are made by threads of this process.
+            multiprocessing_context="spawn" if workers else None,
             pin_memory=pin,
             drop_last=True,
             generator=_generator(),

@@ -49,20 +49,29 @@ class Order(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         for step in itertools.count(self.start):
-            first = step * self.batch_size
-            yield [self.place(position) for position in range(first, first + self.batch_size)]
+            yield self.places(step)
 
-    def place(self, position: int) -> Place:
-        """The sample at one position of the whole training."""
-        epoch, offset = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._permutation = self.permutation(epoch)
-            self._epoch = epoch
-        return Place(int(self._permutation[offset]), position)
+    def places(self, step: int) -> list[Place]:
+        """The batch of one step."""
+        position = step * self.batch_size
+        left = self.batch_size
+        found: list[Place] = []
+        while left:
+            epoch, offset = divmod(position, self.count)
+            indices = self._indices(epoch)[offset : offset + left].tolist()
+            found.extend(map(Place, indices, range(position, position + len(indices))))
+            position += len(indices)
+            left -= len(indices)
+        return found
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """Samples in the order of one epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+    def _indices(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self.permutation(epoch)
+        return self._permutation
 
 
 class Sweep(Sampler[list[Place]]):

@@ -36,11 +36,12 @@ from surgery.train.data.configs import Count, Name, Section
 INDEX = "index.json"
 FORMAT = "surgery-tokens"
 VERSION = 1
-SPLITS = ("train", "held_out")
 
 Split = Literal["train", "held_out"]
 Dtype = Literal["uint16", "uint32"]
 Array = NDArray[Any]
+
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 _HEADER = struct.Struct("<8sII32sQ8x")  # magic, version, bytes per token, key, tokens
 _MAGIC = b"SRGTOKEN"
@@ -129,13 +130,23 @@ class TokenRow:
         # A mapped file pickles as its whole content; another process maps it again.
         return {**self.__dict__, "_maps": {}}
 
-    def read(self, start: int, out: Array) -> None:
-        """Copy the tokens from ``start`` on into ``out``, shape (n,), across shards."""
+    def read(self, starts: Sequence[int], length: int) -> NDArray[np.int64]:
+        """Runs of tokens, shape (n, length): one from each start on, across shards."""
+        runs = np.empty((len(starts), length), dtype=np.int64)
+        for run, start in zip(runs, starts, strict=True):
+            number = bisect_right(self._ends, start)
+            begin = start - (self._ends[number - 1] if number else 0)
+            part = self._map(number)[begin : begin + length]
+            run[: len(part)] = part
+            if len(part) < length:
+                self._read_on(number + 1, run[len(part) :])
+        return runs
+
+    def _read_on(self, number: int, out: Array) -> None:
+        """Fill ``out`` from the beginning of a shard and, if need be, the ones after it."""
         done = 0
-        number = bisect_right(self._ends, start)
         while done < len(out):
-            begin = self._ends[number - 1] if number else 0
-            part = self._map(number)[start + done - begin :][: len(out) - done]
+            part = self._map(number)[: len(out) - done]
             out[done : done + len(part)] = part
             done += len(part)
             number += 1

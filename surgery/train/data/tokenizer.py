@@ -26,6 +26,13 @@ Kind = Literal["bytes", "bpe", "transformers"]
 
 _BPE_FILE = "tokenizer.json"
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+_BPE_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "clean_up_tokenization_spaces": False,
+}
 
 
 class Tokenizer(Protocol):
@@ -113,6 +120,10 @@ class BpeTokenizer:
         self.eos = self._id(EOS)
         self.pad: int | None = self._id(PAD)
 
+    def __reduce__(self) -> tuple[type[BpeTokenizer], tuple[str]]:
+        # The library's own pickle forgets that special tokens are not looked for.
+        return BpeTokenizer, (self._text,)
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, in parallel over the texts."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -127,11 +138,14 @@ class BpeTokenizer:
         return _digest("bpe", self._text)
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``."""
+        """Write ``tokenizer.json``, and what transformers wants to know beside it."""
         _publish(folder, self._write)
 
     def _write(self, folder: Path) -> None:
         (folder / _BPE_FILE).write_text(self._text, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(_BPE_CONFIG, indent=1) + "\n", encoding="utf-8"
+        )
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)

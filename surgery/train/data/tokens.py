@@ -20,6 +20,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from surgery import progress
 from surgery.errors import DataError
@@ -81,11 +82,9 @@ class TokenSamples(Samples):
             "position": positions(places),
         }
 
-    def _ids(self, indices: Sequence[int]) -> torch.Tensor:
-        ids = np.empty((len(indices), self.length), dtype=np.int64)
-        for out, index in zip(ids, indices, strict=True):
-            self.row.read(index * (self.length - 1), out)
-        return torch.from_numpy(ids)
+    def _ids(self, indices: Sequence[int]) -> Tensor:
+        starts = [index * (self.length - 1) for index in indices]
+        return torch.from_numpy(self.row.read(starts, self.length))  # pyright: ignore[reportUnknownMemberType]
 
 
 @dataclass(frozen=True)
@@ -348,12 +347,13 @@ def _open(folder: Path, length: int | None, kind: str) -> Data:
             hint="delete the folder and make it again with surgery data tokenize",
         )
     length = index.length if length is None else length
-    train, held_out = (
-        TokenSamples(TokenRow(folder, index, split), length, f"the {what} part of {index.source}")
-        for split, what in (("train", "training"), ("held_out", "held-out"))
-    )
     return Data(
-        train=train,
-        held_out=held_out,
+        train=_samples(folder, index, "train", length),
+        held_out=_samples(folder, index, "held_out", length),
         facts=Facts(kind=kind, vocab_size=tokenizer.vocab_size, length=length, tokenizer=tokenizer),
     )
+
+
+def _samples(folder: Path, index: Index, split: Split, length: int) -> TokenSamples:
+    row = TokenRow(folder, index, split)
+    return TokenSamples(row, length, f"the part {split} of {index.source}")
