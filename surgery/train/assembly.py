@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def build_model(config: PretrainConfig) -> nn.Module:
         SurgeryError: the rules cannot be applied to it.
     """
     section = config.model
-    torch.manual_seed(config.seed)
+    cast("Any", torch).manual_seed(config.seed)
     with progress.task(f"building {section.source}"):
         model = load(section.source, config=section.config, pretrained=False, dtype=section.dtype)
     recipe = config.recipe

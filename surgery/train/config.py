@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
@@ -281,7 +281,7 @@ class PretrainConfig(Section):
 
     def dump(self) -> dict[str, Any]:
         """As JSON-able data that ``parse`` reads back to an equal configuration."""
-        return cast("dict[str, Any]", self.model_dump(mode="json"))
+        return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         """As a file that ``load`` reads back to an equal configuration, defaults written out."""

@@ -6,29 +6,87 @@ processes there are. Precision, accumulation, compilation and sharding come from
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from surgery.errors import ConfigError, TrainingError
-from surgery.sources.libraries import require
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
     from surgery.train.config import PretrainConfig, TrainConfig
+
+T = TypeVar("T")
 
 _USE_FSDP = "ACCELERATE_USE_FSDP"
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
+class Engine(Protocol):
+    """The part of ``accelerate.Accelerator`` that is used here; it comes without types."""
+
+    device: torch.device
+    num_processes: int
+    process_index: int
+    is_main_process: bool
+    is_fsdp2: bool
+    scaler: Any
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+        """Wrap both for several processes, precision and compilation."""
+        ...
+
+    def prepare_data_loader(self, loader: DataLoader[T]) -> DataLoader[T]:
+        """This rank's part of every batch, on its device."""
+        ...
+
+    def unwrap_model(self, model: nn.Module, *, keep_torch_compile: bool) -> nn.Module:
+        """The plain model."""
+        ...
+
+    def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
+        """One forward and backward pass; gradients are reduced after the last one of a step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of a part of the batch."""
+        ...
+
+    def unscale_gradients(self) -> None:
+        """Undo the loss scaling of fp16."""
+        ...
+
+    def clip_grad_norm_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip the gradient; its norm before."""
+        ...
+
+    def gather_for_metrics(self, input_data: Tensor) -> Tensor:
+        """Values of all ranks without those of repeated samples."""
+        ...
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        """Sum or mean over ranks."""
+        ...
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """The main rank goes first."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+
 @contextmanager
-def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Accelerator]:
+def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Engine]:
     """An accelerator for one run; what it changed globally is put back.
 
     Args:
@@ -49,6 +107,20 @@ def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Acc
         _forget(launched)
 
 
+def accelerate(module: str = "") -> Any:
+    """Accelerate, or one of its modules.
+
+    Raises:
+        TrainingError: it is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise TrainingError(
+            "training needs accelerate, which is not installed",
+            hint="pip install 'model-surgery[train]'",
+        )
+    return importlib.import_module(f"accelerate.{module}" if module else "accelerate")
+
+
 def leave() -> None:
     """End the process group, if there is one: the last thing that a launched process does."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -60,30 +132,23 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Accelerator:
-    require("accelerate")
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.utils import (
-        GradientAccumulationPlugin,
-        InitProcessGroupKwargs,
-        TorchDynamoPlugin,
-    )
-
+def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Engine:
+    library, utils = accelerate(), accelerate("utils")
     sharded = train.parallel == "fsdp2" and ranks() > 1
     plugin = _sharding(wrapped) if sharded else None
-    accelerator = Accelerator(
+    accelerator = library.Accelerator(
         cpu=_on_cpu(train),
         mixed_precision=_PRECISION[train.precision],
         # One batch is split over the ranks: what is seen does not depend on how many there are.
-        dataloader_config=DataLoaderConfiguration(
+        dataloader_config=library.DataLoaderConfiguration(
             split_batches=True, dispatch_batches=False, even_batches=True, non_blocking=True
         ),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(
             num_steps=train.accumulate, adjust_scheduler=False, sync_with_dataloader=False
         ),
-        dynamo_plugin=TorchDynamoPlugin(backend=cast("Any", "inductor" if train.compile else "no")),
+        dynamo_plugin=utils.TorchDynamoPlugin(backend="inductor" if train.compile else "no"),
         fsdp_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
+        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
         step_scheduler_with_optimizer=False,
     )
     if plugin is not None:
@@ -91,10 +156,8 @@ def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Accelerator:
     return accelerator
 
 
-def _sharding(wrapped: Sequence[str]) -> FullyShardedDataParallelPlugin:
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    return FullyShardedDataParallelPlugin(
+def _sharding(wrapped: Sequence[str]) -> Any:
+    return accelerate("utils").FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=list(wrapped),
@@ -103,13 +166,11 @@ def _sharding(wrapped: Sequence[str]) -> FullyShardedDataParallelPlugin:
     )
 
 
-def _shard_on_cpu_too(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def _shard_on_cpu_too(accelerator: Any, plugin: Any) -> None:
     """Shard over gloo as over NCCL: torch can, accelerate leaves it out for CPU processes."""
-    from accelerate.utils import DistributedType
-
-    state: Any = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.FSDP
+    kinds, state = accelerate("utils").DistributedType, accelerator.state
+    if state.distributed_type == kinds.MULTI_CPU:
+        state.distributed_type = kinds.FSDP
         state.fsdp_plugin = plugin
 
 
@@ -130,7 +191,7 @@ def _check_launcher(train: TrainConfig, launched: str | None) -> None:
         )
 
 
-def _check_ranks(train: TrainConfig, accelerator: Accelerator) -> None:
+def _check_ranks(train: TrainConfig, accelerator: Engine) -> None:
     parts = accelerator.num_processes * train.accumulate
     if train.batch % parts:
         raise ConfigError(
@@ -145,10 +206,9 @@ def _forget(launched: str | None) -> None:
 
     The process group stays: it is the launcher's, and a process has one.
     """
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage]
-    GradientState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    states = accelerate("state")
+    states.AcceleratorState._reset_state(reset_partial_state=True)
+    states.GradientState._reset_state()
     if launched is None:
         os.environ.pop(_USE_FSDP, None)
     else:

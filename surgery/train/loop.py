@@ -7,17 +7,17 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery import progress
 from surgery.passes.streams import shortcuts
+from surgery.train.engine import Engine, accelerate
 from surgery.train.watch import Blame, Watch, failure
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
@@ -89,7 +89,7 @@ class Loop:
 
     config: PretrainConfig
     out: Path
-    accelerator: Accelerator
+    accelerator: Engine
     model: nn.Module
     plain: nn.Module
     optimizer: Optimizer
@@ -173,7 +173,6 @@ class Loop:
             self.accelerator.unscale_gradients()
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-        assert isinstance(norm, Tensor)  # noqa: S101 - only DeepSpeed gives a float
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _judge(self, step: int, loss: Tensor, norm: Tensor) -> bool:
@@ -202,15 +201,16 @@ class Loop:
 
     def _culprit(self, step: int) -> str:
         """Run the batch again, looking at every module; the first in trouble on any rank."""
-        from accelerate.utils import gather_object
-
         self.optimizer.zero_grad()
         blame = Blame(self.plain)
         again = self._training_batches(step - 1)
         with blame.watching():
             for _ in range(self.config.train.accumulate):
-                self.aim.loss(self.plain, next(again), step=step).backward()
-        found: list[str] = [each for each in gather_object([blame.found]) if each is not None]
+                loss = self.aim.loss(self.plain, next(again), step=step)
+                cast("Any", loss).backward()
+        found: list[str] = [
+            each for each in accelerate("utils").gather_object([blame.found]) if each is not None
+        ]
         return found[0] if found else "run again, every module's output and gradient is finite"
 
     def _positions(self, step: int) -> tuple[int, int]:
@@ -303,9 +303,7 @@ class Loop:
     def _over_ranks(self, loss: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return loss
-        reduced = self.accelerator.reduce(loss, reduction="mean")
-        assert isinstance(reduced, Tensor)  # noqa: S101 - a tensor is reduced to a tensor
-        return reduced
+        return self.accelerator.reduce(loss, reduction="mean")
 
     def _write(self, kind: Any, step: int, values: dict[str, Any]) -> None:
         if self.log is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,15 +15,16 @@ def seed_all(seed: int, rank: int) -> None:
     own = (seed * 1_000_003 + rank) % 2**32
     random.seed(own)
     np.random.seed(own)  # noqa: NPY002 - models draw from the global generator
-    torch.manual_seed(own)
+    cast("Any", torch).manual_seed(own)
 
 
 def state() -> dict[str, Any]:
     """The state of all generators, as ``pack`` takes it."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - as above
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - as above
+    words: list[int] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": {**numpy, "state": {"key": words, "pos": int(numpy["state"]["pos"])}},
         "torch": torch.get_rng_state(),
         "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
     }
@@ -32,9 +33,9 @@ def state() -> dict[str, Any]:
 def restore(saved: Mapping[str, Any]) -> None:
     """Put all generators into a saved state."""
     random.setstate(saved["python"])
-    name, keys, position, has_gauss, gauss = saved["numpy"]
-    words = keys.numpy().astype(np.uint32)
-    np.random.set_state((name, words, position, has_gauss, gauss))  # noqa: NPY002 - as above
+    words = np.asarray(saved["numpy"]["state"]["key"], dtype=np.uint32)
+    numpy = {**saved["numpy"], "state": {**saved["numpy"]["state"], "key": words}}
+    np.random.set_state(numpy)  # noqa: NPY002 - as above
     torch.set_rng_state(saved["torch"])
     # On another number of devices their generators go on from their seeds.
     if len(saved["cuda"]) == torch.cuda.device_count() > 0:

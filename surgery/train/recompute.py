@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -55,8 +56,8 @@ def recompute(model: nn.Module) -> None:
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:
-    from torch.distributed._composable import checkpoint
-
+    # Hooks on the blocks themselves: a wrapper would change their names.
+    composable: Any = importlib.import_module("torch.distributed._composable")
     paths = [layer for stack in find_stacks(model) for layer in stack.layers]
     if not paths:
         raise ModelStateError(
@@ -65,4 +66,4 @@ def _checkpoint_blocks(model: nn.Module) -> None:
             hint="leave train.checkpointing at false",
         )
     for path in paths:
-        checkpoint(model.get_submodule(path))
+        composable.checkpoint(model.get_submodule(path))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from surgery.checkpoints import save
 from surgery.errors import TrainingError
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, wrapped_classes
-from surgery.train.engine import engine
+from surgery.train.engine import Engine, engine
 from surgery.train.logs import LOG, RunLog
 from surgery.train.loop import Clock, Loop
 from surgery.train.optimizers import build_optimizer, build_schedule
@@ -24,8 +24,6 @@ from surgery.train.snapshot import Snapshot
 from surgery.train.watch import Watch
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from surgery.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
@@ -136,7 +134,7 @@ def _write_config(config: PretrainConfig, out: Path) -> None:
 def _assembled(
     config: PretrainConfig,
     out: Path,
-    accelerator: Accelerator,
+    accelerator: Engine,
     model: nn.Module,
     tell: Callable[[str], None] | None,
 ) -> Loop:
@@ -150,8 +148,8 @@ def _assembled(
     aim = objective(config, data, model)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.schedule, config.train.steps)
-    prepared, stepper = cast("Any", accelerator.prepare(model, optimizer))
-    plain = cast("nn.Module", accelerator.unwrap_model(prepared, keep_torch_compile=False))
+    prepared, stepper = accelerator.prepare(model, optimizer)
+    plain = accelerator.unwrap_model(prepared, keep_torch_compile=False)
     aim.start(plain)
     watch = Watch(config.train)
     randomness.seed_all(config.seed, accelerator.process_index)

@@ -7,6 +7,7 @@ ranks can go on.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from surgery.errors import CheckpointError
 from surgery.train import checkpoints, randomness
+from surgery.train.engine import Engine, accelerate
 from surgery.train.pack import Flat, pack, unpack
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from torch.optim import Optimizer
 
     from surgery.train.checkpoints import Progress
@@ -43,7 +44,7 @@ class Snapshot:
         watch: Judge of losses.
     """
 
-    accelerator: Accelerator
+    accelerator: Engine
     model: nn.Module
     optimizer: Optimizer
     schedule: Schedule
@@ -108,15 +109,13 @@ class Snapshot:
     @contextmanager
     def _place(self, folder: Path, step: int) -> Generator[Path]:
         """The folder to write to: the main rank's, on every rank."""
-        from accelerate.utils import broadcast_object_list
-
         need = self._bytes()
         main = self.accelerator.is_main_process
         # Asked on every rank, so that all of them stop where the disk is full.
         checkpoints.check_space(folder, step, need)
         with checkpoints.writing(folder, step, need) if main else nullcontext() as work:
             told = [None if work is None else str(work)]
-            broadcast_object_list(told)
+            accelerate("utils").broadcast_object_list(told)
             yield Path(cast("str", told[0]))
 
     def _extra(self) -> dict[str, Any]:
@@ -161,23 +160,25 @@ class Snapshot:
             randomness.seed_all(seed + progress.step, rank)
 
     def _write_shards(self, work: Path) -> None:
-        from torch.distributed.checkpoint import save
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+        distributed: Any = importlib.import_module("torch.distributed.checkpoint")
 
         shards, structure = self._shards()
         with _quiet():
-            save(shards, storage_writer=HuggingFaceStorageWriter(str(work), save_distributed=True))
+            writer = HuggingFaceStorageWriter(str(work), save_distributed=True)
+            distributed.save(shards, storage_writer=writer)
         if self.accelerator.is_main_process:
             checkpoints.write_json(work / "structure.json", structure)
 
     def _load_shards(self, folder: Path) -> None:
-        from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+        distributed: Any = importlib.import_module("torch.distributed.checkpoint")
         shards, _ = self._shards()
         with _quiet():
-            load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
+            distributed.load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
         structure = checkpoints.read_json(folder / "structure.json")
         state = {name: unpack(structure[name], shards) for name in structure}
         set_state_dict(

@@ -159,7 +159,7 @@ class Blame:
                 if not _finite(tensor):
                     self._blame(f"the output of {path} is the first that is not finite")
                 if tensor.requires_grad:
-                    tensor.register_hook(self._gradient(path))
+                    cast("Any", tensor).register_hook(self._gradient(path))
 
         return look
 
