@@ -76,7 +76,8 @@ def split(labels: Tensor, held_out: float) -> tuple[Tensor, Tensor]:
 
 def _counts(labels: Tensor) -> list[int]:
     """How often each label occurs, from the smallest label that does."""
-    return [int(count) for count in torch.bincount(labels) if count > 0]
+    _, counts = cast("tuple[Tensor, Tensor]", cast("Any", torch).unique(labels, return_counts=True))
+    return [int(count) for count in counts]
 
 
 @dataclass(frozen=True)
