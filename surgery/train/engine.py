@@ -172,6 +172,8 @@ def _shard_on_cpu_too(accelerator: Any, plugin: Any) -> None:
     if state.distributed_type == kinds.MULTI_CPU:
         state.distributed_type = kinds.FSDP
         state.fsdp_plugin = plugin
+        # Each new handle on the state copies this one.
+        accelerate("state").PartialState._shared_state["distributed_type"] = kinds.FSDP
 
 
 def _on_cpu(train: TrainConfig) -> bool:
