@@ -26,6 +26,9 @@ DPI = 130
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 GREY = "#8a8a8a"
+#: Room for a colour bar, as ``Figure.colorbar`` takes it.
+BAR: dict[str, Any] = {"fraction": 0.046, "pad": 0.03, "aspect": 24}
+_BAR_INCHES = 3.6
 #: After a dot that is alone, as in `model.layers` but not in `0..11`, and after a space.
 _BREAK = re.compile(r"(?<=[^.]\.)(?=[^.])|(?<= )")
 
@@ -82,6 +85,11 @@ def line_look(index: int) -> dict[str, Any]:
         "color": COLORS[index % len(COLORS)],
         "linestyle": STYLES[index // len(COLORS) % len(STYLES)],
     }
+
+
+def bar_shrink(axes: Axes) -> float:
+    """How much of the figure's height a colour bar takes: no more than it needs."""
+    return min(1.0, _BAR_INCHES / axes.get_figure(root=True).get_figheight())
 
 
 def ticks(count: int, most: int) -> list[int]:

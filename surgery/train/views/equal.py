@@ -44,7 +44,8 @@ class Reach:
     def __str__(self) -> str:
         if self.reached is None or self.saved is None:
             return f"loss {self.target:.4g} not reached"
-        return f"loss {self.target:.4g} at step {self.reached:.0f} of {self.steps}, {percent(self.saved)}"
+        when = f"step {self.reached:.0f} of {self.steps}"
+        return f"loss {self.target:.4g} at {when}, {percent(self.saved)}"
 
 
 @dataclass(frozen=True)

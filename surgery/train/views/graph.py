@@ -6,6 +6,7 @@ site k for state j is an arc from node j to node k + 1; the blocks themselves ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,12 @@ from surgery.train.views.runs import Frames
 #: Coefficients below this are not drawn unless asked for.
 THRESHOLD = 0.1
 _NUMBERS_IN_NODES = 24
-_CHAIN = -0.16
-"""How low the chain of blocks hangs, in units of the highest arc."""
+_EXPLAINED = (
+    "Node j: the state that enters block j. Above the line: from node j into the sum after block "
+    "k, node k + 1.\nBelow the line: the blocks, one from each node to the next."
+)
+_SHORT = 8
+"""Stacks of no more blocks than this stand two in a row."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +57,23 @@ def strong_edges(matrix: Array, threshold: float) -> list[Edge]:
 def at_the_end(stacks: Sequence[Frames], threshold: float) -> Figure:
     """The graph of every stack at the last record."""
     deepest = max(frames.sites for frames in stacks)
-    figure = canvas.new_figure(min(16.0, 6.5 + 0.2 * deepest), 3.4 * len(stacks) + 0.9)
-    grid = list(figure.subplots(len(stacks), 1, squeeze=False).flat)
+    columns = 2 if len(stacks) > 1 and deepest <= _SHORT else 1
+    rows = math.ceil(len(stacks) / columns)
+    figure = canvas.new_figure(min(16.0, 6.5 + 0.2 * deepest) + 4.0 * (columns - 1), 3.3 * rows + 1)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(stacks) :]:
+        axes.remove()
+    grid = grid[: len(stacks)]
     scale = Scale.over([frames.values[-1] for frames in stacks])
     for axes, frames in zip(grid, stacks, strict=True):
         _draw_stack(axes, frames, scale, threshold)
     add_scale(figure, grid, scale)
     figure.suptitle(
         f"Learned connections at step {stacks[0].steps[-1]}: coefficients of magnitude "
-        f"{threshold:g} or more\nnode j: the state that enters block j; above: from state j into "
-        "the sum that makes state k + 1; below: block k",
+        f"{threshold:g} or more",
         fontsize=11,
     )
+    figure.supxlabel(_EXPLAINED, fontsize=9)
     return figure
 
 
@@ -75,10 +85,13 @@ def _draw_stack(axes: Axes, frames: Frames, scale: Scale, threshold: float) -> N
         width = 0.6 + 4.4 * abs(edge.weight) / scale.top
         _arc(axes, edge, frames.sites, colors(float(norm(edge.weight))), width)
     for block in range(frames.sites):
-        _curve(axes, block, block + 1, _CHAIN, color=canvas.GREY, linewidth=1.2, zorder=1)
+        _curve(
+            axes, block, block + 1, _depth(frames.sites), color=canvas.GREY, linewidth=1.2, zorder=1
+        )
     _nodes(axes, frames.sites)
     axes.set_xlim(-0.7, frames.sites + 0.7)
-    axes.set_ylim(1.6 * _CHAIN, 1.06)
+    highest = max((_height(edge, frames.sites) for edge in edges), default=0.5)
+    axes.set_ylim(-0.28, max(0.5, 1.08 * highest))
     axes.axis("off")
     axes.set_title(f"{frames.stack}: {_told(matrix, edges)}", fontsize=10)
 
@@ -93,20 +106,20 @@ def _told(matrix: Array, edges: Sequence[Edge]) -> str:
 
 
 def _arc(axes: Axes, edge: Edge, sites: int, color: Any, width: float) -> None:
-    # Height grows slower than length: long arcs stay in the picture, short ones apart.
-    height = ((edge.target - edge.source) / sites) ** 0.75
     # What takes away is dashed, since not everybody tells red from blue.
     style = "-" if edge.weight > 0 else (0, (3, 1.5))
-    _curve(
-        axes,
-        edge.source,
-        edge.target,
-        height,
-        color=color,
-        linewidth=width,
-        linestyle=style,
-        zorder=2,
-    )
+    look = {"color": color, "linewidth": width, "linestyle": style, "zorder": 2}
+    _curve(axes, edge.source, edge.target, _height(edge, sites), **look)
+
+
+def _depth(sites: int) -> float:
+    """How low the chain of blocks hangs: as round as the room between two nodes lets it."""
+    return -0.16 if sites <= _NUMBERS_IN_NODES else -0.07
+
+
+def _height(edge: Edge, sites: int) -> float:
+    """Grows slower than the length: long arcs stay in the picture, short ones apart."""
+    return ((edge.target - edge.source) / sites) ** 0.75
 
 
 def _curve(axes: Axes, start: int, end: int, height: float, **look: Any) -> None:
@@ -127,7 +140,7 @@ def _nodes(axes: Axes, sites: int) -> None:
     axes.scatter(
         places, [0] * len(places), s=190 if roomy else 22, c="white", edgecolors="black", zorder=3
     )
-    labelled = places if roomy else [*canvas.ticks(sites, 16)]
+    labelled = places if roomy else canvas.ticks(sites + 1, 18)
     for place in labelled:
-        height = 0.0 if roomy else 1.25 * _CHAIN
+        height = 0.0 if roomy else _depth(sites) - 0.08
         axes.text(place, height, str(place), ha="center", va="center", fontsize=8, zorder=4)

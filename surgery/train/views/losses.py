@@ -13,6 +13,8 @@ from surgery.train.views.runs import Group, Record, Series
 
 _SMOOTH = 50
 """The training loss is averaged over a window of one part in so many of its points."""
+_FEW = 20
+"""So few points are not smoothed."""
 _ZOOM = 0.3
 """Part of the steps that the right panel leaves out."""
 _LOG_FROM = 20.0
@@ -46,7 +48,7 @@ def curves(groups: Sequence[Group]) -> Figure:
 
 def smoothed(series: Series) -> Series:
     """The mean over a window around every point; values that are not finite are left out."""
-    half = len(series) // _SMOOTH // 2
+    half = max(2, len(series) // _SMOOTH // 2) if len(series) >= _FEW else 0
     good = np.isfinite(series.values)
     # Cumulative sums with a zero in front: a window is a difference of two of them.
     sums = np.concatenate([[0.0], np.cumsum(np.where(good, series.values, 0.0))])

@@ -203,7 +203,8 @@ def add_scale(
     from matplotlib.cm import ScalarMappable
 
     mappable = ScalarMappable(norm=scale.norm, cmap=scale.colors)
-    bar = figure.colorbar(mappable, ax=list(axes), fraction=0.046, pad=0.03, ticks=scale.marks)
+    room = dict(canvas.BAR, shrink=canvas.bar_shrink(axes[0]))
+    bar = figure.colorbar(mappable, ax=list(axes), ticks=scale.marks, **room)
     bar.ax.set_yticklabels([f"{mark:.2g}" for mark in scale.marks])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8)
@@ -218,13 +219,14 @@ def at_the_end(stacks: Sequence[Frames]) -> Figure:
     columns = 1 if len(stacks) <= _MOST_ROWS else 2
     rows = math.ceil(len(stacks) / columns)
     side = _side(stacks, 3.9 if rows == 1 else 3.2)
-    figure = canvas.new_figure(2 * columns * side + 2.4, rows * (side + 0.35) + 0.7)
+    # Wider than the matrices are, so that it is the height that limits them: labels need room.
+    figure = canvas.new_figure(2 * (columns * (side + 0.55) + 1.0), rows * (side + 0.35) + 1.0)
     left, right = figure.subfigures(1, 2)
     steps = stacks[0].steps
     _grid(left, stacks, last, Scale.over(last), columns)
-    left.suptitle(f"Coefficients at step {steps[-1]}", fontsize=12)
+    left.suptitle(f"Coefficients at step {steps[-1]}\n", fontsize=12)
     _grid(right, stacks, change, _scale_of_change(change), columns, label="change")
-    right.suptitle(f"Change since step {steps[0]}{_named_start(stacks)}", fontsize=12)
+    right.suptitle(f"Change since step {steps[0]}\n{_named_start(stacks)}", fontsize=12)
     return figure
 
 
@@ -233,7 +235,7 @@ def over_time(stacks: Sequence[Frames]) -> Figure:
     scale = _scale_of_run(stacks)
     chosen = evenly(len(stacks[0].steps), _MOST_COLUMNS)
     side = _side(stacks, 2.3)
-    width, height = len(chosen) * side + 1.7, len(stacks) * side + 1.3
+    width, height = len(chosen) * (side + 0.15) + 1.9, len(stacks) * side + 1.3
     figure = canvas.new_figure(max(width, 4.5), height)
     grid = figure.subplots(len(stacks), len(chosen), squeeze=False)
     for row, frames in enumerate(stacks):
@@ -246,8 +248,9 @@ def over_time(stacks: Sequence[Frames]) -> Figure:
                 axes.set_xlabel("state j", fontsize=9)
         grid[row, 0].set_ylabel(f"{canvas.wrapped(frames.stack, 18)}\nsite k", fontsize=9)
     add_scale(figure, list(grid.flat), scale)
+    start = _named_start(stacks)
     figure.suptitle(
-        f"Coefficients over time{_named_start(stacks, ', from the ')}\n"
+        f"Coefficients over time{start and f'; step {stacks[0].steps[0]} is the {start}'}\n"
         "row k: what is added after block k; column j: the state that enters block j",
         fontsize=11,
     )
@@ -268,7 +271,7 @@ def animated(stacks: Sequence[Frames], total: int | None) -> Iterator[Array]:
     columns = min(len(stacks), 3)
     side = _side(stacks, 4.0 if len(stacks) == 1 else 3.0)
     rows = math.ceil(len(stacks) / columns)
-    figure = canvas.new_figure(columns * side + 1.4, rows * (side + 0.3) + 0.8, dpi=100)
+    figure = canvas.new_figure(columns * (side + 0.5) + 1.2, rows * (side + 0.3) + 0.8, dpi=100)
     images = _grid(figure, stacks, [frames.values[0] for frames in stacks], scale, columns)
     # As wide as it will get, so that the layout holds for every frame.
     last = int(stacks[0].steps[-1])
@@ -334,8 +337,8 @@ def _scale_of_change(changes: Sequence[Array]) -> Scale:
     return Scale(Scale.over(changes).top, signed=True)
 
 
-def _named_start(stacks: Sequence[Frames], before: str = ", the ") -> str:
-    """The way the stacks started, if it is one and known."""
+def _named_start(stacks: Sequence[Frames]) -> str:
+    """The way the stacks started, if it is one and known; else nothing."""
     names = {start_of(frames.values[0]) for frames in stacks}
     (name,) = names if len(names) == 1 else (None,)
-    return "" if name is None else f"{before}{name}"
+    return name or ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,13 +333,20 @@ def _frames(folder: Path, notes: list[str]) -> tuple[Frames, ...]:
     if not records:
         return ()
     first_step = next(iter(records))
-    shapes = {name: matrix.shape for name, matrix in records[first_step].items()}
+    names = sorted(records[first_step], key=_by_number)
+    shapes = {name: records[first_step][name].shape for name in names}
     for step, found in records.items():
         _check_same_stacks(folder, (first_step, shapes), (step, found))
     frames = tuple(_frames_of(name, records) for name in shapes)
     for each in frames:
         _note_oddities(each, notes)
     return frames
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts ``layer10`` after ``layer2``: a file of tensors has lost the model's own order."""
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _frames_of(name: str, records: Mapping[int, Mapping[str, Array]]) -> Frames:
@@ -391,11 +399,11 @@ def _check_same_stacks(
 
 
 def _stacks(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {rows} × {columns}" for name, (rows, columns) in shapes.items())
+    return ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in shapes.items())
 
 
 def _note_oddities(frames: Frames, notes: list[str]) -> None:
-    wrong = ~np.isfinite(frames.values).all(axis=(1, 2))
+    wrong = np.array([not np.isfinite(matrix).all() for matrix in frames.values])
     if wrong.any():
         notes.append(
             f"{frames.stack}: coefficients are not finite from step {frames.steps[wrong][0]} on, "

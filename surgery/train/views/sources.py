@@ -16,7 +16,7 @@ from surgery.train.views.runs import Frames
 
 
 def effective_sources(values: Array) -> Array:
-    """exp of the entropy of every row, ``(n, K, K)`` to ``(n, K)``.
+    """The exponential of the entropy of every row, ``(n, K, K)`` to ``(n, K)``.
 
     NaN where a row is all zero, as at an identity start, or not finite.
     """
