@@ -60,6 +60,7 @@ class Kind(StrEnum):
     FORMATS = "formats"
     PRESETS = "presets"
     RULES = "rules"
+    CONFIGS = "configs"
 
 
 app = typer.Typer(
@@ -68,6 +69,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data = typer.Typer(
+    name="data", no_args_is_help=True, help="Prepare data to train on.", rich_markup_mode=None
+)
+app.add_typer(data)
 
 Model = Annotated[
     str,
@@ -330,6 +336,139 @@ def list_names(
         current.result(names_view(found), found)
 
 
+@data.command("tokenize")
+def data_tokenize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A text file, a folder, a pattern such as 'texts/**/*.md', or stdlib.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
+    ],
+    *,
+    tokenizer: Annotated[
+        str, typer.Option(help="bytes, bpe (trained on SOURCE), a folder, or hub:ORG/NAME.")
+    ] = "bytes",
+    vocabulary: Annotated[int | None, typer.Option(help="Tokens of bpe.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Which files of a folder. Default: **/*.txt")
+    ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(help="Part of the files that is kept for evaluation.", min=1e-6, max=0.999),
+    ] = 0.05,
+    length: Annotated[
+        int, typer.Option(help="Tokens in a sample, unless a configuration says otherwise.", min=2)
+    ] = 256,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. Default: one per core.", min=1)
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Bytes of text in a shard of tokens.", min=1)] = 1
+    << 25,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn text into shards of tokens. Interrupted, the same command goes on where it stopped."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train.data.tokens import tokenize
+
+        with current.running():
+            index = tokenize(
+                source,
+                out,
+                tokenizer=tokenizer,
+                vocabulary=vocabulary,
+                pattern=pattern,
+                held_out=held_out,
+                length=length,
+                workers=workers,
+                shard_size=shard_size,
+            )
+        current.result(index.view(), index.summary())
+        current.note(f"saved to {out}")
+
+
+@data.command("check")
+def data_check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of tokens.", show_default=False)
+    ],
+    *,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare every byte of a folder of tokens with its checksums."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train.data import shards
+
+        with current.running():
+            index = shards.read_index(folder)
+            shards.verify(folder, index)
+        current.result(index.view(), index.summary())
+
+
+@app.command()
+def pretrain(
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]...",
+            help="A configuration (YAML) or the name of a shipped one, and overrides such as "
+            "train.steps=100.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of the run. Default: runs/ and its name."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model from scratch. Works alone, with accelerate launch and with torchrun."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train import engine, run
+        from surgery.train.config import PretrainConfig
+
+        files, changes = configurations(given)
+        if len(files) != 1:
+            raise typer.BadParameter(f"expected one configuration, received {len(files)}")
+
+        def tell(kind: str, text: str) -> None:
+            if kind != "step" or not current.interactive:
+                current.note(text)
+
+        with current.running():
+            config = PretrainConfig.load(files[0], changes)
+            folder = out or Path("runs") / config.name
+            done = run.pretrain(config, out=folder, resume=resume, tell=tell)
+            engine.leave()
+        if engine.main_process():
+            current.result(done.view(), done.to_dict())
+
+
+def configurations(given: list[str]) -> tuple[list[Path], list[str]]:
+    """Configuration files, and the overrides among them."""
+    shipped_ones = shipped.pretraining()
+    changes = [each for each in given if "=" in each and not Path(each).exists()]
+    names = [each for each in given if each not in changes]
+    # A file wins over a shipped configuration of the same name.
+    return [Path(n) if Path(n).exists() else shipped_ones.get(n, Path(n)) for n in names], changes
+
+
 @contextmanager
 def session(
     *, as_json: bool = False, quiet: bool = False, debug: bool = False
@@ -410,6 +549,9 @@ def entries(kind: Kind) -> list[dict[str, str]]:
     """What is registered or shipped under one kind: names and where each comes from."""
     if kind is Kind.RULES:
         return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
+    if kind is Kind.CONFIGS:
+        found = shipped.pretraining()
+        return [{"name": name, "origin": str(path)} for name, path in found.items()]
     if kind is Kind.PRESETS:
         from surgery.sources import presets
 

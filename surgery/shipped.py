@@ -1,4 +1,4 @@
-"""The rule files that ship with the library."""
+"""The rule files and training configurations that ship with the library."""
 
 from __future__ import annotations
 
@@ -29,3 +29,8 @@ def configs() -> Path:
 def rules() -> dict[str, Path]:
     """Shipped rule files by name, the name being the file's stem."""
     return {path.stem: path for path in sorted((configs() / "rules").glob("*.yaml"))}
+
+
+def pretraining() -> dict[str, Path]:
+    """Shipped training configurations by name, the name being the file's stem."""
+    return {path.stem: path for path in sorted((configs() / "pretrain").glob("*.yaml"))}

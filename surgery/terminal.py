@@ -50,6 +50,11 @@ class Session:
         self._results = sys.stdout
         self._messages = Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty())
 
+    @property
+    def interactive(self) -> bool:
+        """Whether messages go to a terminal, where bars are drawn."""
+        return self._messages.is_terminal
+
     def result(self, shown: RenderableType, data: Any) -> None:
         """Print a result: ``shown`` to a person, ``data`` to a machine."""
         if self.as_json:

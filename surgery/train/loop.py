@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from surgery.train.snapshot import Snapshot
     from surgery.train.watch import Verdict
 
-Tell = Callable[[str], None]
+Said = Literal["step", "evaluation", "event"]
+Tell = Callable[[Said, str], None]
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Loop:
         snapshot: Saves and loads all of it.
         watch: Judges every step.
         log: On the main rank.
-        tell: Told a line for people now and then; None says nothing.
+        tell: Told a line for people, and of what kind it is; None says nothing.
         clock: Time spent in steps.
         evaluation: What the last evaluation gave.
     """
@@ -197,7 +198,7 @@ class Loop:
             self._write("event", step, {"event": "stopped", **event})
             raise error
         self._write("event", step, {"event": "skipped", **event})
-        self._say(f"skipped: {error.message}")
+        self._say("event", f"skipped: {error.message}")
 
     def _culprit(self, step: int) -> str:
         """Run the batch again, looking at every module; the first in trouble on any rank."""
@@ -256,7 +257,7 @@ class Loop:
         unit = "tokens" if self.data.facts.length else "samples"
         left = _duration((self.config.train.steps - step) * seconds / step)
         said = f"loss {value:.4f}, {rate:,.0f} {unit}/s, {left} left"
-        self._say(f"step {step}/{self.config.train.steps}: {said}")
+        self._say("step", f"step {step}/{self.config.train.steps}: {said}")
         return said
 
     def _log_matrices(self, step: int) -> None:
@@ -282,7 +283,7 @@ class Loop:
             )
         self._write("evaluation", step, self.evaluation)
         told = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluation.items())
-        self._say(f"step {step}: held out: {told}")
+        self._say("evaluation", f"step {step}: held out: {told}")
 
     def _sample(self, step: int) -> None:
         folder = self.out / "samples" if self.accelerator.is_main_process else None
@@ -309,9 +310,9 @@ class Loop:
         if self.log is not None:
             self.log.write(kind, step, values)
 
-    def _say(self, text: str) -> None:
+    def _say(self, kind: Said, text: str) -> None:
         if self.tell is not None and self.accelerator.is_main_process:
-            self.tell(text)
+            self.tell(kind, text)
 
 
 def _duration(seconds: float) -> str:

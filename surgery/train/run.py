@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -17,13 +17,15 @@ from surgery.errors import TrainingError
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, wrapped_classes
 from surgery.train.engine import Engine, engine
-from surgery.train.logs import LOG, RunLog
-from surgery.train.loop import Clock, Loop
+from surgery.train.logs import LOG, RunLog, lines
+from surgery.train.loop import Clock, Loop, Tell
 from surgery.train.optimizers import build_optimizer, build_schedule
 from surgery.train.snapshot import Snapshot
 from surgery.train.watch import Watch
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from surgery.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
@@ -48,6 +50,31 @@ class Run:
     seconds: float
     evaluation: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        averaged = None if self.averaged is None else str(self.averaged)
+        return {
+            "out": str(self.out),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "evaluation": self.evaluation,
+            "model": str(self.model),
+            "averaged": averaged,
+        }
+
+    def view(self) -> Table:
+        """As a table for a rich console."""
+        from rich.table import Table
+
+        table = Table("what", "value")
+        for name, value in self.to_dict().items():
+            if isinstance(value, dict):
+                for measure, number in cast("dict[str, float]", value).items():
+                    table.add_row(f"held out: {measure}", f"{number:.6g}")
+            elif value is not None:
+                table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        return table
+
     @property
     def model(self) -> Path:
         """The trained model, for ``surgery.restore``."""
@@ -65,7 +92,7 @@ def pretrain(
     *,
     out: Path,
     resume: bool = False,
-    tell: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
 ) -> Run:
     """Train a model from random weights.
 
@@ -75,7 +102,8 @@ def pretrain(
         config: What is trained, on what, and how.
         out: Folder of the run; created.
         resume: Go on from the last checkpoint in ``out``, or start where there is none.
-        tell: Told a line for people now and then, on the main rank.
+        tell: On the main rank, told a line for people now and then, and its kind: ``step``,
+            ``evaluation`` or ``event``.
 
     Returns:
         Where the result is, and what the last evaluation gave.
@@ -104,7 +132,7 @@ def pretrain(
             )
         loop.run(done)
         _save_result(loop)
-        return Run(out, config.train.steps, loop.clock.seconds, loop.evaluation)
+        return Run(out, config.train.steps, loop.clock.seconds, _last_evaluation(loop))
 
 
 def _start(config: PretrainConfig, out: Path, *, resume: bool) -> Path | None:
@@ -136,7 +164,7 @@ def _assembled(
     out: Path,
     accelerator: Engine,
     model: nn.Module,
-    tell: Callable[[str], None] | None,
+    tell: Tell | None,
 ) -> Loop:
     """The loop of a run from the start, without a log."""
     from surgery.train.data import open_data
@@ -177,6 +205,14 @@ def _go_on(loop: Loop, start: Path) -> int:
     loop.snapshot.load(start, saved, loop.config.seed)
     loop.clock = Clock(saved.seconds)
     return saved.step
+
+
+def _last_evaluation(loop: Loop) -> dict[str, float]:
+    """What the last evaluation gave, also where an earlier part of the run made it."""
+    if loop.evaluation:
+        return loop.evaluation
+    found = [line for line in lines(loop.out) if line["kind"] == "evaluation"]
+    return {k: v for k, v in found[-1].items() if k not in ("kind", "step")} if found else {}
 
 
 def _save_result(loop: Loop) -> None:
