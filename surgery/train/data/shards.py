@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from hashlib import file_digest, sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from pydantic import ValidationError
 from surgery import progress
 from surgery.errors import DataError
 from surgery.train.data.configs import Count, Name, Section
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 INDEX = "index.json"
 FORMAT = "surgery-tokens"
@@ -100,6 +103,40 @@ class Index(Section):
         """How many tokens a split has."""
         return sum(shard.tokens for shard in self.splits[split])
 
+    def summary(self) -> dict[str, Any]:
+        """What is in the folder, as JSON-able data."""
+        return {
+            "source": self.source,
+            "tokenizer": self.tokenizer.spec,
+            "vocab_size": self.tokenizer.vocab_size,
+            "dtype": self.dtype,
+            "length": self.length,
+            "splits": {
+                split: {
+                    "documents": self.documents[split],
+                    "tokens": self.tokens(split),
+                    "samples": samples_in(self.tokens(split), self.length),
+                    "shards": len(self.splits[split]),
+                }
+                for split in SPLITS
+            },
+        }
+
+    def view(self) -> Table:
+        """The same as a table."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.source} by {self.tokenizer.spec}: {self.tokenizer.vocab_size} tokens, "
+            f"{self.dtype}, samples of {self.length}"
+        )
+        table.add_column("part")
+        for name in ("documents", "tokens", "samples", "shards"):
+            table.add_column(name, justify="right")
+        for split, numbers in self.summary()["splits"].items():
+            table.add_row(split, *(f"{number:,}" for number in numbers.values()))
+        return table
+
 
 class TokenRow:
     """All tokens of a split as one row.
@@ -158,6 +195,11 @@ class TokenRow:
                 path, dtype=self._dtype, mode="r", offset=_HEADER.size, shape=(tokens,)
             )
         return self._maps[number]
+
+
+def samples_in(tokens: int, length: int) -> int:
+    """How many samples a row of tokens has; each begins with the last token of the one before."""
+    return max(tokens - 1, 0) // (length - 1)
 
 
 def dtype_for(vocab_size: int) -> Dtype:

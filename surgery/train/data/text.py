@@ -62,6 +62,11 @@ class Piece:
     stop: int
     last: bool
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -140,8 +145,8 @@ def read(piece: Piece) -> str:
     """
     with piece.file.path.open("rb") as file:
         file.seek(piece.start)
-        data = file.read(piece.stop - piece.start)
-    if len(data) != piece.stop - piece.start:
+        data = file.read(piece.size)
+    if len(data) != piece.size:
         raise DataError(f"{piece.file.path} has become shorter while it was read")
     try:
         return data.decode("utf-8")
@@ -161,7 +166,7 @@ def groups(pieces: Iterable[Piece], size: int) -> Iterator[tuple[Piece, ...]]:
     held = 0
     for piece in pieces:
         run.append(piece)
-        held += piece.stop - piece.start
+        held += piece.size
         if held >= size:
             yield tuple(run)
             run, held = [], 0

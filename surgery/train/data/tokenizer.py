@@ -299,8 +299,13 @@ def _canonical(tokenizer: tokenizers.Tokenizer) -> str:
 
 
 def _transformers(name: str, spec: str, *, local: bool, revision: str | None = None) -> Tokenizer:
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        raise DataError(
+            f"the tokenizer {spec} is one of transformers, which is not installed",
+            hint="pip install 'model-surgery[transformers]'",
+        ) from None
     load = cast("Any", AutoTokenizer).from_pretrained
     try:
         loaded = load(name, local_files_only=local, revision=revision or "main")

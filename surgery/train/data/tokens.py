@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -69,7 +69,7 @@ class TokenSamples(Samples):
         self.length = length
 
     def __len__(self) -> int:
-        return (len(self.row) - 1) // (self.length - 1)
+        return shards.samples_in(len(self.row), self.length)
 
     def sample(self, index: int, position: int) -> Batch:
         """One sample."""
@@ -97,7 +97,7 @@ class _Job:
 
     @property
     def size(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
 
 def open_text(config: TextData, *, seed: int) -> Data:
@@ -165,7 +165,6 @@ def tokenize(
         DataError: there is no text, it is not UTF-8, the tokenizer cannot be had, or ``out`` holds
             something else.
     """
-    # As in a configuration, so that both say the same about what does not go together.
     corpus = open_corpus(source, pattern=pattern, held_out=held_out)
     maker = _Maker(corpus, tokenizer, vocabulary, shard_size)
     return maker.make(out, length=length, workers=workers or os.cpu_count() or 1)
@@ -289,6 +288,10 @@ class _Maker:
                 yield _Job(folder / f"{split}-{number:05d}.bin", cast("Split", split), run)
 
 
+def _nobody(_: int) -> None:
+    """Where progress goes that nobody follows."""
+
+
 @dataclass(frozen=True)
 class _Worker:
     """Makes shards, in this process or in another."""
@@ -297,13 +300,15 @@ class _Worker:
     key: str
     dtype: shards.Dtype
 
-    def __call__(self, job: _Job) -> Shard:
+    def __call__(self, job: _Job, advance: Callable[[int], None] = _nobody) -> Shard:
         found = shards.finished_shard(job.path, self.key)
         if found is not None:
+            advance(job.size)
             return found
-        return shards.write_shard(job.path, list(self._tokens(job.pieces)), self.key, self.dtype)
+        tokens = list(self._tokens(job.pieces, advance))
+        return shards.write_shard(job.path, tokens, self.key, self.dtype)
 
-    def _tokens(self, pieces: Iterable[Piece]) -> Iterator[Ids]:
+    def _tokens(self, pieces: Iterable[Piece], advance: Callable[[int], None]) -> Iterator[Ids]:
         eos = np.array([self.tokenizer.eos], dtype=np.uint32)
         for few in groups(pieces, 1 << 20):
             ids = self.tokenizer.encode([read(piece) for piece in few])
@@ -311,13 +316,14 @@ class _Worker:
                 yield each
                 if piece.last:
                     yield eos
+            advance(sum(piece.size for piece in few))
 
 
 def _run(worker: _Worker, jobs: Sequence[_Job], workers: int, title: str) -> list[Shard]:
     total = sum(job.size for job in jobs)
     with progress.task(title, total, "bytes") as task:
         if workers == 1 or len(jobs) == 1 or total < _WORTH_PROCESSES:
-            return [_counted(worker(job), job, task) for job in jobs]
+            return [worker(job, task.advance) for job in jobs]
         # Spawned, not forked: this process has threads, of torch and of tokenizers.
         pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn"))
         try:
