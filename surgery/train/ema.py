@@ -33,7 +33,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._blend = get_ema_multi_avg_fn(decay)
+        self._blend: Any = get_ema_multi_avg_fn(decay)
         # The parameters themselves, not their names: FSDP2 puts others in their place for the
         # time of a forward, and it is the sharded ones that the optimizer changes.
         self._sharded = [each for each in model.modules() if isinstance(each, FSDPModule)]
@@ -54,7 +54,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """While it is open the model has the averages for weights; afterwards its own, bit for bit."""
+        """Give the model the averages for weights while it is open, and then its own ones back."""
         kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._set(self._average)
         try:

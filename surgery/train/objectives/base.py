@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.errors import CheckpointError, ModelStateError, TrainingError
+
+if TYPE_CHECKING:
+    from surgery.train.data.base import Facts
 
 Batch = Mapping[str, Tensor]
 Gather = Callable[[Tensor], Tensor]
@@ -41,6 +44,8 @@ class Objective(ABC):
         aim.evaluate(model, batches, gather=accelerator.gather_for_metrics)
         with aim.averaged():
             surgery.save(plain, out)
+
+    Weights in place are those that ``sample`` draws with: ``averaged`` is for the caller to open.
 
     A batch carries, beside its samples, ``position``: int64 (B,), their places in the run's order.
     They may stay on the CPU. All randomness of an objective is a function of its seed, the step
@@ -205,3 +210,16 @@ def logits_of(output: object) -> Tensor:
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def image_refused(model: nn.Module, facts: Facts, error: Exception) -> ModelStateError:
+    """The error to raise where a model does not take images of the data's shape."""
+    height, width = facts.size or (0, 0)
+    stem = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
+    takes = "" if stem is None else f"; its first convolution takes {stem.in_channels} channels"
+    return ModelStateError(
+        f"the data has images of {facts.channels} channels, {height} by {width} pixels, which the "
+        f"model does not take{takes}: {first_line(error)}",
+        hint="set data.channels and data.size, or the model's: model.config: {in_chans: ..., "
+        "img_size: ...} (timm), {num_channels: ..., image_size: ...} (transformers)",
+    )

@@ -17,7 +17,7 @@ from surgery.train.objectives.base import (
     Objective,
     alone,
     evaluating,
-    first_line,
+    image_refused,
     logits_of,
     measured,
     placement,
@@ -101,16 +101,4 @@ def _tried(model: nn.Module, facts: Facts) -> Tensor:
             return logits_of(model(images))
         except BUILD_ERRORS as error:
             # What a forward raises for a shape it was not built for is the library's choice.
-            raise _refused(model, facts, error) from error
-
-
-def _refused(model: nn.Module, facts: Facts, error: Exception) -> ModelStateError:
-    height, width = facts.size or (0, 0)
-    stem = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
-    takes = "" if stem is None else f"; its first convolution takes {stem.in_channels} channels"
-    return ModelStateError(
-        f"the data has images of {facts.channels} channels, {height} by {width} pixels, which the "
-        f"model does not take{takes}: {first_line(error)}",
-        hint="set data.channels and data.size, or the model's: model.config: {in_chans: ..., "
-        "img_size: ...} (timm), {num_channels: ..., image_size: ...} (transformers)",
-    )
+            raise image_refused(model, facts, error) from error
