@@ -89,7 +89,7 @@ def _initialise_dit(model: nn.Module) -> None:
 
     diffusers' class zeroes nothing, so that its blocks would not start as the identity (adaLN-Zero)
     nor its output at zero. It also registers embedders of timestep and label in every block, where
-    the paper's network has one; here all blocks hold the parameters of the first.
+    the paper's network has one; here all blocks hold the first one's.
     """
     dit = cast("Any", model)
     for module in dit.modules():
@@ -104,7 +104,7 @@ def _initialise_dit(model: nn.Module) -> None:
     nn.init.normal_(shared.timestep_embedder.linear_1.weight, std=0.02)
     nn.init.normal_(shared.timestep_embedder.linear_2.weight, std=0.02)
     for block in dit.transformer_blocks:
-        _share(shared, block.norm1.emb)
+        block.norm1.emb = shared
     for zeroed in (
         *(block.norm1.linear for block in dit.transformer_blocks),
         dit.proj_out_1,
@@ -112,13 +112,6 @@ def _initialise_dit(model: nn.Module) -> None:
     ):
         nn.init.zeros_(zeroed.weight)
         nn.init.zeros_(zeroed.bias)
-
-
-def _share(owner: nn.Module, other: nn.Module) -> None:
-    """Register the parameters of ``owner`` in ``other``, a module of the same structure."""
-    for name, parameter in owner.named_parameters():
-        path, _, key = name.rpartition(".")
-        setattr(other.get_submodule(path), key, parameter)
 
 
 #: Classes whose own initialisation is not the paper's.

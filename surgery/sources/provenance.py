@@ -19,6 +19,7 @@ from surgery.sources import diffusers_models, plain_models, timm_models, transfo
 from surgery.sources.libraries import class_path, library_of, require, stock_class, version
 from surgery.sources.load import SOURCE_ATTRIBUTE
 from surgery.sources.request import as_device, from_json, jsonable
+from surgery.tree import children, joined
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def rebuild(
             f"the description is of {checked['class']}, but its configuration builds "
             f"{class_path(model)}"
         )
+    _share(model, checked["shared"])
     _cast(model, dtypes)
     if checked["state"] is not None and checked["state"] != _fingerprint(model):
         raise SourceError(
@@ -178,6 +180,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
         "class": class_path(model),
         **jsonable(_ADAPTERS[library].describe(model), "its configuration"),
         "dtypes": _dtype_names(model),
+        "shared": _shared(model),
         "state": None if edited else _fingerprint(model),
         "source": model.__dict__.get(SOURCE_ATTRIBUTE),
     }
@@ -200,6 +203,7 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
         "class": (str,),
         "config": (dict,),
         "dtypes": (dict,),
+        "shared": (dict,),
         "state": (dict, type(None)),
         "source": (dict, type(None)),
     }
@@ -209,6 +213,7 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
         "diffusers": {},
         "plain": {},
     }
+    found.setdefault("shared", {})  # descriptions of earlier versions have none
     library = found.get("library")
     if library not in extra:
         raise SourceError(
@@ -219,6 +224,50 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise SourceError(f"the description's {key!r} is {found.get(key)!r}, expected {names}")
     return found
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Every further path of a module that is registered more than once → its first path.
+
+    What lies inside such a module is not listed, and neither is what a rewrite added.
+    """
+    first: dict[int, str] = {id(model): ""}
+    found: dict[str, str] = {}
+
+    def walk(path: str, module: nn.Module) -> None:
+        for name, child in children(module).items():
+            if _is_added(child):
+                continue
+            at = joined(path, name)
+            if id(child) in first:
+                found[at] = first[id(child)]
+            else:
+                first[id(child)] = at
+                walk(at, child)
+
+    walk("", model)
+    return found
+
+
+def _is_added(module: nn.Module) -> bool:
+    home = type(module).__module__
+    ours = home.startswith(("surgery.", "architectures."))
+    return ours and library_of(type(module)) is None
+
+
+def _share(model: nn.Module, shared: Mapping[str, Any]) -> None:
+    """Register modules under their further paths, where the class does not do so itself."""
+    for path, first in shared.items():
+        try:
+            module, other = model.get_submodule(str(first)), model.get_submodule(path)
+        except AttributeError as error:
+            raise SourceError(f"the description shares {first!r} with {path!r}: {error}") from error
+        if type(module) is not type(other) or module is model:
+            raise SourceError(
+                f"the description shares {first!r} ({type(module).__name__}) with {path!r} "
+                f"({type(other).__name__}), expected two modules of one class"
+            )
+        model.set_submodule(path, module)
 
 
 def _fingerprint(model: nn.Module) -> dict[str, Any]:

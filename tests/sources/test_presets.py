@@ -203,11 +203,52 @@ def test_the_stock_class_would_not_start_so() -> None:
 
 def test_dit_embedders_are_one_in_every_block() -> None:
     model: Any = load("preset:dit-tiny", dtype="bfloat16")
-    first = dict(model.transformer_blocks[0].norm1.emb.named_parameters())
-    assert len(first) == 5
+    first = model.transformer_blocks[0].norm1.emb
+    assert all(block.norm1.emb is first for block in model.transformer_blocks)
+    assert sum(".emb." in name for name in model.state_dict()) == 8 * 5
+
+
+def test_dit_embedders_stay_one_when_it_is_rebuilt_or_restored(
+    recipes: Path, tmp_path: Path
+) -> None:
+    model = load("preset:dit-tiny", config={"num_layers": 3})
+    description: Any = describe(model)
+    again: Any = rebuild(description)
+    assert again.transformer_blocks[2].norm1.emb is again.transformer_blocks[0].norm1.emb
+    assert _count(again) == _count(model)
+    # An adapter inside the shared embedder, which has a path in every block.
+    surgery.apply(model, str(recipes / "lora-all-linear.yaml"))
+    surgery.save(model, tmp_path / "adapted")
+    restored = surgery.restore(tmp_path / "adapted")
+    assert _count(restored) == _count(model)
+
+
+def test_dit_with_embedders_apart_again_is_written_by_diffusers(tmp_path: Path) -> None:
+    model: Any = load("preset:dit-tiny", config={"num_layers": 3}).eval()
+    _move(model)
+    expected = called(model, infer_example(model))
     for block in model.transformer_blocks[1:]:
-        for name, each in block.norm1.emb.named_parameters():
-            assert each is first[name]
+        block.norm1.emb = copy.deepcopy(block.norm1.emb)
+    model.save_pretrained(tmp_path / "stock")
+    assert torch.equal(called(load(tmp_path / "stock").eval(), infer_example(model)), expected)
+    surgery.save(model, tmp_path / "ours")
+    assert _count(surgery.restore(tmp_path / "ours")) == _count(model)
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ({"transformer_blocks.1.nowhere": "transformer_blocks.0"}, "no attribute|nowhere"),
+        ({"transformer_blocks.1": "pos_embed"}, "expected two modules of one class"),
+        ([], "'shared' is"),
+    ],
+)
+def test_a_description_that_shares_what_cannot_be(shared: Any, message: str) -> None:
+    description = describe(load("preset:dit-tiny", device="meta"))
+    assert description is not None
+    assert set(description["shared"].values()) == {"transformer_blocks.0.norm1.emb"}
+    with pytest.raises(SourceError, match=message):
+        rebuild({**description, "shared": shared})
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -245,7 +286,7 @@ def test_dit_works_in_the_pipeline(guidance: float, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet-18", "resnet-26-bottleneck"])
 def test_timm_resnet_starts_as_in_2015(name: str) -> None:
-    def last_norms(model: nn.Module) -> Iterator[Tensor]:
+    def last_norms(model: Any) -> Iterator[Tensor]:
         for path, module in model.named_modules():
             if path.endswith("bn2" if name == "resnet-18" else "bn3"):
                 yield module.weight
