@@ -15,7 +15,7 @@ from torch import Tensor
 def softmax_matrix(sites: int, progress: float, seed: int = 0) -> Tensor:
     """(K, K): uniform rows at progress 0, a few strong entries per row at 1."""
     draw = torch.Generator().manual_seed(seed)
-    scores = 6 * torch.randn(sites, sites, generator=draw, dtype=torch.float64)
+    scores = 3 * torch.randn(sites, sites, generator=draw, dtype=torch.float64)
     above = torch.ones(sites, sites).triu(1).bool()
     return (progress * scores).masked_fill(above, -torch.inf).softmax(-1).float()
 
