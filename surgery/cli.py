@@ -375,7 +375,7 @@ def data_tokenize(
 ) -> None:
     """Turn text into shards of tokens. Interrupted, the same command goes on where it stopped."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
-        from surgery.train.data.tokens import tokenize
+        from surgery.train.data.making import tokenize
 
         with current.running():
             index = tokenize(
@@ -458,6 +458,42 @@ def pretrain(
             engine.leave()
         if engine.main_process():
             current.result(done.view(), done.to_dict())
+
+
+@app.command()
+def sample(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A folder written by pretrain.", show_default=False),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Fields of objective.sample, such as steps=100, count=40, guidance=3 for images, "
+            "or prompts='[import]', tokens=200, temperature=0.7 for text.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="File to write. Default: in RUN/samples."),
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw text or a grid of images from the model that a run ended with."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train import sample as sampling
+
+        with current.running():
+            drawn = sampling.sample(folder, changes or [], out=out, device=device)
+        current.result(drawn.view(), drawn.to_dict())
+        if drawn.texts is not None:
+            current.note(f"written to {drawn.path}")
 
 
 def configurations(given: list[str]) -> tuple[list[Path], list[str]]:

@@ -115,27 +115,27 @@ class Diffusion(Objective):
         """Draw a grid, ``step-000100.png``, with the weights that the model has now."""
         if self.config.sample is None:
             return None
-        drawn = self.draw(model, self.config.sample)
-        return None if out is None else images.write(drawn, out / f"step-{step:06d}.png")
+        drawn = self.draw(model)
+        return None if out is None else self.write(drawn, out / f"step-{step:06d}.png")
 
-    def draw(self, model: nn.Module, config: ImageSampling) -> Tensor:
-        """Images (N, C, H, W) in [0, 1], their classes going round.
-
-        Raises:
-            TrainingError: guidance is asked for, and the model has no null class.
-        """
-        self._check_guidance(config)
-        size, classes = self.facts.size, self.facts.classes or 1
-        assert size is not None  # noqa: S101 - the trial has refused data without images
+    def draw(self, model: nn.Module) -> Tensor:
+        """Images float32 (N, C, H, W) in [0, 1], their classes going round."""
+        sampling, size = self.config.sample, self.facts.size
+        if sampling is None or size is None:
+            raise TrainingError("the configuration has no objective.sample to draw images by")
         return images.draw(
             model,
             self.denoiser,
             self.config,
-            config,
+            sampling,
             size=size,
-            labels=[index % classes for index in range(config.count)],
+            labels=[index % (self.facts.classes or 1) for index in range(sampling.count)],
             decoder=self._decoder,
         )
+
+    def write(self, drawn: Tensor, path: Path) -> Path:
+        """Write images to a file, as a grid."""
+        return images.write(drawn, path)
 
     def start(self, model: nn.Module) -> None:
         """Begin the average at the weights the model has now."""

@@ -104,8 +104,18 @@ class Language(Objective):
         """Continue the prompts; ``step-000100.txt`` holds them with what the model added."""
         if self.config.sample is None:
             return None
-        drawn = texts.draw(model, texts.tokenizer_of(self.facts), self.config.sample)
-        return None if out is None else texts.write(drawn, out / f"step-{step:06d}.txt")
+        drawn = self.draw(model)
+        return None if out is None else self.write(drawn, out / f"step-{step:06d}.txt")
+
+    def draw(self, model: nn.Module) -> list[str]:
+        """The prompts of the configuration, continued."""
+        if self.config.sample is None:
+            raise TrainingError("the configuration has no objective.sample to draw text by")
+        return texts.draw(model, texts.tokenizer_of(self.facts), self.config.sample)
+
+    def write(self, drawn: list[str], path: Path) -> Path:
+        """Write texts to a file."""
+        return texts.write(drawn, path)
 
     def _forward(self, model: nn.Module, batch: Batch, *, with_loss: bool) -> Any:
         ids = batch["input_ids"]
