@@ -41,7 +41,7 @@ __all__ = [
     "new_fake_mode",
     "no_autograd",
     "own_tensors",
-    "storage_id",
+    "storage_of",
     "to_fake",
     "unhandled",
     "with_torch_function",
@@ -102,9 +102,15 @@ def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     return mode.from_tensor(tensor.detach(), static_shapes=True)
 
 
-def storage_id(tensor: torch.Tensor) -> int:
-    """Identifies the memory a tensor lives in; 0 where that is not known."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+def storage_of(tensor: torch.Tensor) -> tuple[int, object]:
+    """What identifies the memory a tensor lives in, for as long as the second result is held.
+
+    A tensor that is not strided stands for its own memory.
+    """
+    if tensor.layout is not torch.strided:
+        return id(tensor), tensor
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage
 
 
 def wrapper(cls: type[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

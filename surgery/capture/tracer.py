@@ -28,6 +28,7 @@ from surgery.capture.clone import Clones
 from surgery.capture.contexts import Ambient, Checkpoints
 from surgery.capture.evaluate import Evaluator
 from surgery.capture.guards import Guard, expect
+from surgery.capture.memory import Memories
 from surgery.capture.objects import Lost, ObjectProxy, Past, is_object, node_of, shadow_of
 from surgery.capture.reads import Reads
 from surgery.capture.sizes import SizeRules
@@ -121,7 +122,7 @@ class Tracer:
         self._names = _tensor_names(clones)
         self._attributes: dict[int, fx.Node] = {}
         self._devices: dict[int, tuple[torch.device, fx.Node]] = {}
-        self._written: dict[int, list[fx.Node]] = {}
+        self._memories = Memories()
         self._measured: dict[fx.Node, list[Any]] = {}
         self._numbers: dict[fx.Node, Symbol] = {}
         self._size_rules = SizeRules(
@@ -814,10 +815,6 @@ class Tracer:
         the next call. ``counted``: so may the number of its tensors.
         """
         node.meta["val"] = map_structure(result, _spec)
-        if isinstance(result, torch.Tensor):
-            written = self._written.get(private.storage_id(result))
-            if written is not None:
-                node.meta["written_by"] = written
         node.meta["loose_rank"] = _has_loose_rank(node, opaque)
         return self._wrap_part(node, result, requires_grad, opaque=opaque, counted=counted)
 
@@ -826,6 +823,7 @@ class Tracer:
     ) -> Any:
         kind = class_of(result)
         if isinstance(result, torch.Tensor):
+            self._memories.add(node, result)
             floating = result.is_floating_point() or result.is_complex()
             return make_proxy(self, node, result, requires_grad=requires_grad and floating)
         if issubclass(kind, _SEQUENCES):
@@ -862,9 +860,7 @@ class Tracer:
         node.meta["mutates"] = True
         for target in leaves(kwargs.get("out", args[0] if args else None)):
             if is_proxy(target):
-                written = self._written.setdefault(private.storage_id(target.fake), [])
-                written.append(node)
-                target.node.meta["written_by"] = written
+                self._memories.write(node, target.node, target.fake)
         for proxy in leaves((args, kwargs)):
             if is_proxy(proxy) and proxy.fake is result:
                 proxy.node = node
