@@ -11,11 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails
 
 from surgery.errors import RuleError
-from surgery.rules import Recipe
+from surgery.rules import Recipe, Where
 from surgery.rules import yaml as yaml_text
 from surgery.rules.explain import Problem
 from surgery.rules.strict import invalid, problem_error
@@ -84,7 +92,9 @@ class GaloreConfig(Section):
         rank: Rank of the projection.
         gap: Steps between two projections.
         scale: What the projected update is multiplied with.
-        targets: Linear layers are projected whose name contains one of these.
+        mode: Which sides of a gradient are projected; see ``surgery.optim.projection``.
+        targets: Matrices are projected of the layers that this selects, as ``where`` of a rule
+            does; the projections of attention and feed-forward layers by default.
         betas: Decay of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled; shortcut logits never decay.
@@ -95,9 +105,10 @@ class GaloreConfig(Section):
     rank: Count
     gap: Count = 200
     scale: Positive = 0.25
-    targets: tuple[Name, ...] = ("attn", "mlp")
+    mode: Literal["std", "reverse_std", "left", "right", "full"] = "std"
+    targets: Annotated[Where, PlainSerializer(Where.dump)] = Where(role=("attention", "mlp"))
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    eps: Positive = 1e-6
     weight_decay: NotNegative = 0.0
 
 

@@ -11,10 +11,13 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from surgery.errors import CheckpointError, ConfigError, ModelStateError
+from surgery.errors import CheckpointError, ConfigError, ModelStateError, NoMatch
+from surgery.optim import GaLoreAdamW
 from surgery.passes.streams import parameter_groups
+from surgery.select import Match, ModelMap, Site, select
 
 if TYPE_CHECKING:
+    from surgery.rules import Where
     from surgery.train.config import AdamWConfig, GaloreConfig, ScheduleConfig
 
 Kind = Literal["cosine", "linear", "constant"]
@@ -28,23 +31,26 @@ def build_optimizer(model: nn.Module, settings: AdamWConfig | GaloreConfig) -> O
 
     Weight decay is for all of them but the coefficients of shortcuts; see
     ``surgery.parameter_groups``. ``adamw`` is torch's, fused where torch has that for the devices
-    the parameters are on: one pass over the memory in place of a dozen.
+    the parameters are on: one pass over the memory in place of a dozen. ``galore`` projects the
+    matrices of the layers that ``targets`` selects and is AdamW for all else.
 
     Args:
         model: Rewired or not, before it is wrapped for several processes.
         settings: ``config.optim``.
 
     Raises:
-        ConfigError: there is no optimizer of that name.
+        ConfigError: no target of ``galore`` is larger than its rank.
         ModelStateError: nothing in the model is trainable, or a parameter has no data yet.
+        NoMatch: ``targets`` of ``galore`` select no trainable matrix.
+        CaptureError: ``targets`` ask for a role and the model cannot be traced.
     """
     groups = parameter_groups(model, weight_decay=settings.weight_decay)
     _check_trainable(groups)
-    if settings.name != "adamw":
-        raise ConfigError(f"there is no optimizer {settings.name!r}", hint="use adamw")
-    return AdamW(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=_fusable(groups)
-    )
+    lr, betas, eps, fused = settings.lr, settings.betas, settings.eps, _fusable(groups)
+    if settings.name == "adamw":
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    split = _projected_apart(groups, model, settings)
+    return GaLoreAdamW(split, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,55 @@ def build_schedule(optimizer: Optimizer, settings: ScheduleConfig, steps: int) -
     """
     curve = Curve(settings.kind, steps, settings.warmup, settings.final)
     return Schedule(optimizer, curve)
+
+
+def _projected_apart(
+    groups: Sequence[dict[str, Any]], model: nn.Module, settings: GaloreConfig
+) -> list[dict[str, Any]]:
+    """Groups for GaLore: what is projected first, then the others as they were, less that."""
+    targets = _targets(model, settings.targets)
+    trained = [parameter for parameter in _parameters(groups) if id(parameter) in targets]
+    if all(min(parameter.shape) <= settings.rank for parameter in trained):
+        widest = max(min(parameter.shape) for parameter in trained)
+        raise ConfigError(
+            f"optim.rank {settings.rank} is no less than the shorter side of every target, "
+            f"{widest} at most, so that nothing would be saved",
+            hint=f"take a rank below {widest}, or optim.name: adamw",
+        )
+    apart: dict[str, Any] = {
+        "params": trained,
+        "weight_decay": settings.weight_decay,
+        "rank": settings.rank,
+        "gap": settings.gap,
+        "scale": settings.scale,
+        "mode": settings.mode,
+    }
+    others = [
+        group | {"params": [p for p in group["params"] if id(p) not in targets]} for group in groups
+    ]
+    return [apart, *(group for group in others if group["params"])]
+
+
+def _targets(model: nn.Module, where: Where) -> set[int]:
+    """The ids of the trainable matrices of the layers that are meant."""
+    selection = select(ModelMap(model), where, None, _accepts)
+    if not selection.matched:
+        near = "; ".join(f"{path}: {why}" for path, why in selection.near)
+        raise NoMatch(
+            f"optim.targets {where.dump()} selects no trainable matrix for galore"
+            + (f"; nearest: {near}" if near else ""),
+            hint="name other targets, such as optim.targets: {type: Linear}, or use adamw",
+        )
+    return {id(site.weight) for site in selection.matched}
+
+
+def _accepts(site: Site) -> Match:
+    weight = site.weight
+    if weight is None or weight.dim() != 2:
+        return Match.no("it holds no matrix")
+    if not weight.requires_grad:
+        return Match.no("it is not trained")
+    return Match.yes("it holds a matrix that is trained")
 
 
 def _check_trainable(groups: Sequence[Mapping[str, Any]]) -> None:
