@@ -36,10 +36,14 @@ def in_a_process(config: PretrainConfig, out: Path) -> int | None:
         TrainingError: the run failed, with its error.
     """
     command = [sys.executable, "-m", "surgery.train.apart", str(out)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # A session of its own: Ctrl-C is for this process, which then ends that one.
     with subprocess.Popen(  # noqa: S603 - this interpreter, this module
-        command, text=True, env=_environment(), start_new_session=True, **pipes
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        start_new_session=True,
     ) as process:
         try:
             answer = _ask(process, json.dumps(config.dump()))

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from torch import Tensor
 
+from surgery.train.views import matrix_image
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -32,8 +34,6 @@ Kind = Literal["step", "evaluation", "matrices", "event"]
 LOG = "log.jsonl"
 MATRICES = "matrices"
 TENSORBOARD = "tensorboard"
-_PIXELS = 16
-"""Width of one coefficient in TensorBoard's image."""
 
 
 class RunLog:
@@ -79,12 +79,14 @@ class RunLog:
         file = folder / f"{step:06d}.safetensors"
         tensors = {name: matrix.float().cpu().contiguous() for name, matrix in found.items()}
         beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-        save_file(tensors, beside, {"kind": "matrices", "step": str(step)})
+        # A file of tensors sorts them; the order of the stacks in the model is kept beside.
+        about = {"kind": "matrices", "step": str(step), "stacks": json.dumps(list(tensors))}
+        save_file(tensors, beside, about)
         beside.replace(file)
         self.write("matrices", step, {"file": f"{MATRICES}/{file.name}"})
         if self._board is not None:
             for name, matrix in tensors.items():
-                _image(self._board, f"matrices/{name}", as_image(matrix), step)
+                _image(self._board, f"matrices/{name}", matrix_image(matrix, name), step)
 
 
 def lines(out: Path) -> Iterator[dict[str, Any]]:
@@ -117,13 +119,6 @@ def rewind(out: Path, step: int) -> None:
             matrix.unlink()
 
 
-def as_image(matrix: Tensor) -> Tensor:
-    """A matrix as a grey image (1, H, W) in [0, 1]: black is its least entry, white its largest."""
-    low, high = matrix.min(), matrix.max()
-    scaled = (matrix - low) / (high - low).clamp(min=1e-12)
-    return scaled.repeat_interleave(_PIXELS, 0).repeat_interleave(_PIXELS, 1).unsqueeze(0)
-
-
 def _board(folder: Path, step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -135,8 +130,8 @@ def _scalar(board: SummaryWriter, name: str, value: float, step: int) -> None:
     cast("Any", board).add_scalar(name, value, step)
 
 
-def _image(board: SummaryWriter, name: str, image: Tensor, step: int) -> None:
-    cast("Any", board).add_image(name, image, step)
+def _image(board: SummaryWriter, name: str, image: Any, step: int) -> None:
+    cast("Any", board).add_image(name, image, step, dataformats="HWC")
 
 
 def _plain(value: Any) -> Any:

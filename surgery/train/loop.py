@@ -117,6 +117,8 @@ class Loop:
         self._batches = self._training_batches(done)
         with progress.task("training", total=steps) as task:
             task.advance(done)
+            if done == 0 and self.config.log.matrices is not None:
+                self._log_matrices(0)  # what training starts from
             self.clock.start()
             for step in range(done + 1, steps + 1):
                 loss, norm = self._step(step)
@@ -129,8 +131,9 @@ class Loop:
     def _sometimes(self, step: int) -> None:
         """What does not happen at every step."""
         config, sampling = self.config, self.aim.sample_every
-        if config.log.matrices is not None and step % config.log.matrices == 0:
-            self._log_matrices(step)
+        if config.log.matrices is not None and self._due(step, config.log.matrices):
+            with self.clock.aside():
+                self._log_matrices(step)
         if self._due(step, config.evaluate.every):
             with self.clock.aside():
                 self._evaluate(step)

@@ -22,6 +22,8 @@ from surgery.rules import yaml
 from surgery.train.views.canvas import Array
 
 CONFIG, LOG, MATRICES = "config.yaml", "log.jsonl", "matrices"
+_NO_METRIC = {"kind", "step", "tokens", "samples"}
+"""What a line of an evaluation says beside what it measured."""
 _MOST_NOTED = 3
 _MOST_RUNS_NAMED = 6
 
@@ -307,9 +309,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 
 def _evaluations(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    names = dict.fromkeys(
-        key for record in records for key in record if key not in {"kind", "step"}
-    )
+    names = dict.fromkeys(key for record in records for key in record if key not in _NO_METRIC)
     return {name: _series(records, name) for name in names if _is_number_somewhere(records, name)}
 
 
@@ -333,8 +333,7 @@ def _frames(folder: Path, notes: list[str]) -> tuple[Frames, ...]:
     if not records:
         return ()
     first_step = next(iter(records))
-    names = sorted(records[first_step], key=_by_number)
-    shapes = {name: records[first_step][name].shape for name in names}
+    shapes = {name: matrix.shape for name, matrix in records[first_step].items()}
     for step, found in records.items():
         _check_same_stacks(folder, (first_step, shapes), (step, found))
     frames = tuple(_frames_of(name, records) for name in shapes)
@@ -356,21 +355,31 @@ def _frames_of(name: str, records: Mapping[int, Mapping[str, Array]]) -> Frames:
 
 def _matrix_files(folder: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Array]]]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
     for path in sorted(folder.glob("*.safetensors")):
         if not path.stem.isdigit():
             continue
         try:
-            tensors = load_file(path)
+            found = _tensors(path)
         except (SafetensorError, OSError) as error:
             notes.append(f"{MATRICES}/{path.name} cannot be read ({error}) and is left out")
             continue
-        found = {name: tensor.double().numpy() for name, tensor in tensors.items()}
         for name, matrix in found.items():
             _check_square(path, name, matrix)
         if found:
             yield int(path.stem), found
+
+
+def _tensors(path: Path) -> dict[str, Array]:
+    """The matrices of one step, in the model's order where the file knows it."""
+    from safetensors import safe_open
+
+    with cast("Any", safe_open)(path, framework="pt") as file:
+        names: list[str] = sorted(file.keys(), key=_by_number)
+        about: dict[str, str] = file.metadata() or {}
+        known: list[str] = json.loads(about.get("stacks", "[]"))
+        names = known if sorted(known) == sorted(names) else names
+        return {name: file.get_tensor(name).double().numpy() for name in names}
 
 
 def _check_square(path: Path, name: str, matrix: Array) -> None:
