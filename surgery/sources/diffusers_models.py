@@ -25,7 +25,7 @@ def names() -> list[str]:
     top = require(LIBRARY)
     tables = cast("dict[str, list[str]]", require("diffusers.models")._import_structure)
     listed = {name for group in tables.values() for name in group}
-    return sorted(name for name in listed if name in dir(top))
+    return sorted(listed & set(dir(top)))
 
 
 def build(name: str, request: Request) -> nn.Module:

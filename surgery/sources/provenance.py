@@ -172,6 +172,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
     base = _MODEL_BASE.get(library)
     if base is not None and not issubclass(cls, getattr(require(library), base)):
         raise SourceError(f"{class_path(model)} is a part of a {library} model, not a whole one")
+    shared = _shared(model)
     edited = record.ATTRIBUTE in model.__dict__  # then the state dict is no longer the stock one
     description: dict[str, Any] = {
         "format": FORMAT,
@@ -180,7 +181,7 @@ def _described(model: nn.Module) -> dict[str, Any]:
         "class": class_path(model),
         **jsonable(_ADAPTERS[library].describe(model), "its configuration"),
         "dtypes": _dtype_names(model),
-        "shared": _shared(model),
+        **({"shared": shared} if shared else {}),
         "state": None if edited else _fingerprint(model),
         "source": model.__dict__.get(SOURCE_ATTRIBUTE),
     }
@@ -213,7 +214,7 @@ def _checked(description: Mapping[str, Any]) -> dict[str, Any]:
         "diffusers": {},
         "plain": {},
     }
-    found.setdefault("shared", {})  # descriptions of earlier versions have none
+    found.setdefault("shared", {})  # written only where a module is registered more than once
     library = found.get("library")
     if library not in extra:
         raise SourceError(
