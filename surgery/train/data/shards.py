@@ -258,8 +258,10 @@ def finished_shard(path: Path, key: str) -> Shard | None:
             head = file.read(_HEADER.size)
             if len(head) < _HEADER.size:
                 return None
-            magic, version, _, found, tokens = _HEADER.unpack(head)
+            magic, version, width, found, tokens = _HEADER.unpack(head)
             if (magic, version, found) != (_MAGIC, VERSION, bytes.fromhex(key)):
+                return None
+            if path.stat().st_size != _HEADER.size + tokens * width:
                 return None
             file.seek(0)
             digest = file_digest(file, "sha256").hexdigest()

@@ -142,9 +142,12 @@ def test_bookmarks_spare_the_tokenizer(c4, tmp_path, monkeypatch):
     list(islice(stream, 60))
     encoded = []
     encode = stream.tokenizer.encode
-    monkeypatch.setattr(
-        stream.tokenizer, "encode", lambda texts: encoded.extend(texts) or encode(texts)
-    )
+
+    def noting(texts):
+        encoded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(stream.tokenizer, "encode", noting)
     later = stream.at(59)
     assert ids(later, 1) == ids(stream, 60)[-1:]
     whole = len(encoded)
