@@ -63,6 +63,20 @@ class Kind(StrEnum):
     CONFIGS = "configs"
 
 
+class Picture(StrEnum):
+    """Formats of pictures."""
+
+    PNG = "png"
+    SVG = "svg"
+
+
+class Animation(StrEnum):
+    """Formats of animations."""
+
+    GIF = "gif"
+    WEBP = "webp"
+
+
 app = typer.Typer(
     name="surgery",
     no_args_is_help=True,
@@ -434,18 +448,44 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
     ] = False,
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Draw the run when it is done.")
+    ] = True,
+    comparing: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Train several configurations under one budget and compare them."
+        ),
+    ] = False,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="0,1,2", help="Seeds of a comparison.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="Steps of every run of a comparison.", min=1, show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train a model from scratch. Works alone, with accelerate launch and with torchrun."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
-        from surgery.train import engine, run
+        from surgery.train import engine, run, views
         from surgery.train.config import PretrainConfig
 
         files, changes = configurations(given)
+        if comparing:
+            compare_runs(current, files, changes, out=out, seeds=seeds, budget=budget)
+            return
+        if seeds is not None or budget is not None:
+            raise typer.BadParameter("--seeds and --budget belong to --compare")
         if len(files) != 1:
-            raise typer.BadParameter(f"expected one configuration, received {len(files)}")
+            raise typer.BadParameter(
+                f"expected one configuration, received {len(files)}; --compare takes several"
+            )
 
         def tell(kind: str, text: str) -> None:
             if kind != "step" or not current.interactive:
@@ -458,6 +498,10 @@ def pretrain(
             engine.leave()
         if engine.main_process():
             current.result(done.view(), done.to_dict())
+            if plots:
+                with current.running():
+                    drawn = views.draw([folder])
+                current.note(f"drawn: {', '.join(map(str, drawn.files))}")
 
 
 @app.command()
@@ -494,6 +538,84 @@ def sample(
         current.result(drawn.view(), drawn.to_dict())
         if drawn.texts is not None:
             current.note(f"written to {drawn.path}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Run folders; several are compared with the first.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder of the pictures. Default: plots/ of each run.",
+        ),
+    ] = None,
+    picture: Annotated[
+        Picture, typer.Option("--format", help="Of the pictures that do not move.")
+    ] = Picture.PNG,
+    animation: Annotated[Animation, typer.Option(help="Of the one that does.")] = Animation.GIF,
+    threshold: Annotated[
+        float, typer.Option(help="Smallest coefficient that the graph shows.", min=0.0)
+    ] = 0.1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw what runs learned: coefficients over time, their graph, loss curves side by side."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train import views
+
+        with current.running():
+            drawn = views.draw(
+                runs,
+                out=out,
+                form=picture.value,
+                animation=animation.value,
+                threshold=threshold,
+            )
+        current.result(drawn.view(), drawn.to_dict())
+
+
+def compare_runs(
+    current: Session,
+    files: list[Path],
+    changes: list[str],
+    *,
+    out: Path | None,
+    seeds: str | None,
+    budget: int | None,
+) -> None:
+    """Train and compare configurations, and print the table."""
+    from surgery.train import engine
+    from surgery.train.compare import compare
+    from surgery.train.config import PretrainConfig
+
+    with current.running():
+        configs = [PretrainConfig.load(file, changes) for file in files]
+        folder = out or Path("runs") / "-vs-".join(config.name for config in configs)
+        found = compare(configs, numbers(seeds or "0"), folder, budget=budget, tell=current.note)
+        engine.leave()
+    if engine.main_process():
+        current.result(found.view(), found.to_dict())
+        current.note(f"saved to {folder}")
+
+
+def numbers(text: str) -> list[int]:
+    """``0,1,2`` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 0,1,2, received {text!r}") from None
 
 
 def configurations(given: list[str]) -> tuple[list[Path], list[str]]:

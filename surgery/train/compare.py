@@ -11,7 +11,6 @@ leaves zero out.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from surgery.train.config import PretrainConfig
-
-logger = logging.getLogger(__name__)
 
 #: Trains a configuration in a folder, going on from what is there. Returns the peak of memory in
 #: bytes, or None where it cannot be known.
@@ -551,8 +548,9 @@ def _write(result: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> Non
 
 
 def _say(tell: Tell | None, text: str) -> None:
-    logger.info("%s", text)
-    if tell is not None:
+    from surgery.train import engine
+
+    if tell is not None and engine.main_process():
         tell(text)
 
 
