@@ -70,13 +70,13 @@ class Classification(Objective):
         """Mean loss, without label smoothing, and the part of samples that is classified right.
 
         Returns:
-            ``loss`` in nats, ``accuracy`` from 0 to 1, and ``samples``.
+            ``loss`` in nats, and ``accuracy`` from 0 to 1.
         """
         with evaluating(model):
             nats, right, samples = measured(
                 batches, lambda batch: self._per_sample(model, batch), gather
             )
-        return {"loss": nats / samples, "accuracy": right / samples, "samples": samples}
+        return {"loss": nats / samples, "accuracy": right / samples}
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         # float32 also where the weights are bfloat16: a loss near its floor has no bits to spare.

@@ -100,7 +100,7 @@ class Diffusion(Objective):
 
         Returns:
             ``loss``; ``bound``, a term of the variational bound in bits per dimension, where the
-            model learns a variance; ``samples``; and the first two with the averaged weights as
+            model learns a variance; and both with the averaged weights, if an average is kept, as
             ``loss_ema`` and ``bound_ema``.
         """
         found = self._measure(model, batches, gather)
@@ -108,7 +108,6 @@ class Diffusion(Objective):
             return found
         with self._ema.applied():
             averaged = self._measure(model, batches, gather)
-        averaged.pop("samples")
         return found | {f"{name}_ema": value for name, value in averaged.items()}
 
     def sample(self, model: nn.Module, out: Path | None, step: int) -> Path | None:
@@ -197,7 +196,7 @@ class Diffusion(Objective):
         with evaluating(model):
             total = measured(batches, partial(self._per_sample, model), gather)
         means = [value / total[-1] for value in total[:-1]]
-        return dict(zip(("loss", "bound"), means, strict=False)) | {"samples": total[-1]}
+        return dict(zip(("loss", "bound"), means, strict=False))
 
     def _per_sample(self, model: nn.Module, batch: Batch) -> Tensor:
         """Squared error, and bound if there is one, of each sample: (B, 1) or (B, 2)."""

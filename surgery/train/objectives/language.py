@@ -89,7 +89,7 @@ class Language(Objective):
         """Mean loss per predicted token of the whole held-out part, and its exponential.
 
         Returns:
-            ``loss`` in nats per token, ``perplexity``, and ``tokens``: how many were predicted.
+            ``loss`` in nats per token, and ``perplexity``.
         """
         with evaluating(model):
             nats, tokens, _ = measured(
@@ -98,7 +98,7 @@ class Language(Objective):
         mean = nats / tokens
         # A model that has diverged is measured too: exp(710) is no float.
         perplexity = math.exp(mean) if mean < 709 else math.inf
-        return {"loss": mean, "perplexity": perplexity, "tokens": tokens}
+        return {"loss": mean, "perplexity": perplexity}
 
     def sample(self, model: nn.Module, out: Path | None, step: int) -> Path | None:
         """Continue the prompts; ``step-000100.txt`` holds them with what the model added."""

@@ -115,7 +115,7 @@ def test_perplexity_weighs_every_token_alike(build: Any) -> None:
         output = model.eval()(tokens)
     logits = output if isinstance(output, Tensor) else output.logits
     each = [value for row in nats(logits, labels) for value in row]
-    assert found["tokens"] == len(each) == 4 * (LENGTH - 1) + 9
+    assert len(each) == 4 * (LENGTH - 1) + 9
     assert found["loss"] == pytest.approx(sum(each) / len(each), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-5)
 
