@@ -321,8 +321,8 @@ class LatentData(Section):
     """Images encoded once with a VAE; what is trained on are the cached latents.
 
     Attributes:
-        images: Where the images come from; of their augmentation, ``augment.flip`` alone is kept:
-            each image is encoded a second time mirrored, as DiT does.
+        images: Where the images come from. They are encoded once, so that all their augmentation
+            can do is ``flip``: each image is then encoded a second time mirrored.
         vae: A ``surgery.load`` spec with weights, ``hub:...`` or a folder, of diffusers'
             ``AutoencoderKL``.
         cache: Folder of the latents; it is made, and completed where it is not.
@@ -341,6 +341,17 @@ class LatentData(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batch: Count = 16
     device: Name = "cpu"
+
+    @model_validator(mode="after")
+    def _check_augment(self) -> Self:
+        augment = self.images.augment
+        if augment.resized_crop or augment.pad:
+            raise invalid(
+                "images that are encoded once cannot be cropped anew each time",
+                at="images",
+                hint="set images.augment: {flip: true}, or {}",
+            )
+        return self
 
 
 # --- all --------------------------------------------------------------------------------------
