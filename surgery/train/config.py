@@ -349,7 +349,8 @@ def _step_problems(config: PretrainConfig) -> Iterator[Problem]:
             f"warm-up of {schedule.warmup} steps is longer than the run of {train.steps}",
             "shorten schedule.warmup or raise train.steps",
         )
-    if schedule.kind == "constant" and "final" in schedule.model_fields_set and schedule.final != 1:
+    # 0 is the default, and 1 is what a constant schedule ends at.
+    if schedule.kind == "constant" and 0 < schedule.final < 1:
         yield Problem(
             ("schedule", "final"),
             f"a constant schedule does not end at {schedule.final} of its learning rate",
