@@ -1,6 +1,7 @@
 import gzip
 import json
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,10 +129,10 @@ def test_a_resumed_stream_is_the_rest_of_the_whole_one(c4, tmp_path, packing, st
     def opened(cache):
         return open_data(config(c4, tmp_path / cache, packing=packing), seed=0).train
 
-    whole = list(islice(opened("a"), start + 20))[start:]
+    whole: list[Any] = list(islice(opened("a"), start + 20))[start:]
     # With the bookmarks of the first reading, and without any.
     for cache in ("a", "b"):
-        resumed = list(islice(opened(cache).at(start), 20))
+        resumed: list[Any] = list(islice(opened(cache).at(start), 20))
         for one, other in zip(whole, resumed, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[key], other[key]) for key in one)
@@ -218,15 +219,22 @@ def test_several_workers_are_refused(c4, tmp_path):
         next(iter(loader))
 
 
-def test_accelerate_shares_a_batch_out(c4, tmp_path):
-    from accelerate.data_loader import IterableDatasetShard
+def test_ranks_share_a_batch_out(c4, tmp_path):
+    """As the trainer prepares its loader."""
+    from accelerate.data_loader import prepare_data_loader
 
-    data = open_data(config(c4, tmp_path), seed=0)
+    stream = open_data(config(c4, tmp_path), seed=0).train
+
+    def loader():
+        return training_loader(stream, batch=4, seed=0, start=1)
+
     shares = [
-        IterableDatasetShard(data.train, 4, True, 2, rank, split_batches=True) for rank in range(2)
+        prepare_data_loader(loader(), num_processes=2, process_index=rank, split_batches=True)
+        for rank in range(2)
     ]
-    found = [[int(s["position"]) for s in islice(share, 4)] for share in shares]
-    assert found == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for whole, *parts in islice(zip(loader(), *shares, strict=False), 3):
+        for key, expected in whole.items():
+            assert torch.equal(expected, torch.cat([part[key] for part in parts]))
 
 
 @pytest.mark.parametrize(
