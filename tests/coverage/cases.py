@@ -23,6 +23,9 @@ from tests.sweep.models import Model
 
 #: Parameters above which a model of timm is given one image rather than two.
 _LARGE = 8e6
+#: Given two whatever their size: torch 2.15 computes a wrong gradient through BatchNorm2d in eval
+#: mode for one image whose gradient is a transposed tensor, in the unmodified model as well.
+_TWO_IMAGES = frozenset({"efficientformer_l1"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class TimmModel:
             made = timm.create_model(self.name, num_classes=10, **self.config)
         model = zoo.perturb(made).eval()
         large = sum(parameter.numel() for parameter in model.parameters()) > _LARGE
-        example = infer_example(model, batch=1 if large else 2)
+        one = large and self.name not in _TWO_IMAGES
+        example = infer_example(model, batch=1 if one else 2)
         if self.side is not None:
             example = example.map(lambda images: images[..., : self.side, : self.side])
         return model, example
