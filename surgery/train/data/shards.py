@@ -191,9 +191,11 @@ class TokenRow:
     def _map(self, number: int) -> Array:
         if number not in self._maps:
             path, tokens = self._files[number]
-            self._maps[number] = np.memmap(
+            mapped = np.memmap(
                 path, dtype=self._dtype, mode="r", offset=_HEADER.size, shape=(tokens,)
             )
+            # A plain array on the same memory: cutting a memmap costs more than copying a sample.
+            self._maps[number] = np.asarray(mapped)
         return self._maps[number]
 
 
