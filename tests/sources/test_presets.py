@@ -16,6 +16,7 @@ import surgery
 from architectures.backbones import PRESETS, preset
 from surgery import SourceError, load
 from surgery.sources import describe, infer_example, rebuild, variants
+from tests.sources.backbones import called, count, moved
 
 TINY = ["llama-tiny", "dit-tiny", "resnet-20-cifar", "mlp-8"]
 CLASSES = {
@@ -44,11 +45,6 @@ BAD = {
     "preset:mlp-9": ({"config": {"layers_per_block": 2}}, "nearest are 8 and 10", ""),
     "preset:dit-tiny": ({"pretrained": True}, "no weights belong to it", "pretrained=False"),
 }
-
-
-def called(model: nn.Module, example: surgery.Example) -> Tensor:
-    output: Any = model(*example.args, **example.kwargs)
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def same_randomness(model: nn.Module, example: surgery.Example) -> Tensor:
@@ -134,7 +130,7 @@ def test_ancre_rewires_every_family(name: str, recipes: Path) -> None:
     surgery.apply(model, str(recipes / "ancre.yaml"))
     matrices = surgery.shortcuts(model)
     assert sum(len(matrix) for matrix in matrices.values()) >= 7
-    _move(model)
+    moved(model)
     called(model, infer_example(model)).square().sum().backward()
     assert not [name for name, each in model.named_parameters() if each.grad is None]
 
@@ -143,7 +139,7 @@ def test_ancre_rewires_every_family(name: str, recipes: Path) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_identity_start_changes_no_bit(name: str, training: bool, recipes: Path) -> None:
     model = load(f"preset:{name}").train(training)
-    _move(model)
+    moved(model)
     example = infer_example(model)
     expected = same_randomness(copy.deepcopy(model), example)
     surgery.apply(model, str(recipes / "ancre-identity.yaml"))
@@ -153,13 +149,13 @@ def test_identity_start_changes_no_bit(name: str, training: bool, recipes: Path)
 @pytest.mark.parametrize("name", TINY)
 def test_saved_and_restored_with_its_rewrite(name: str, recipes: Path, tmp_path: Path) -> None:
     model = load(f"preset:{name}").eval()
-    _move(model)
+    moved(model)
     surgery.apply(model, str(recipes / "ancre.yaml"))
     surgery.save(model, tmp_path / "saved")
     again = surgery.restore(tmp_path / "saved")
     example = infer_example(model)
     assert torch.equal(called(again, example), called(model, example))
-    assert _count(again) == _count(model)
+    assert count(again) == count(model)
     surgery.undo(again)
     assert type(again) is type(load(f"preset:{name}", device="meta"))
 
@@ -173,115 +169,6 @@ def test_llama_starts_as_its_configuration_says() -> None:
             # 36 864 draws or more: the deviation of their deviation is below 0.4 %, five of it 2 %.
             assert float(each.detach().std()) == pytest.approx(0.02, rel=0.02), name
             assert not bool((each == 0).all(dim=1).any()), name
-
-
-def test_dit_starts_as_in_its_paper() -> None:
-    model: Any = load("preset:dit-tiny")
-    example = infer_example(model)
-    assert not called(model.eval(), example).any()
-    x = torch.randn(2, 16, 128)
-    for block in model.transformer_blocks:
-        kwargs = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([0, 9])}
-        assert torch.equal(block(x, **kwargs), x)
-    for name, each in model.named_parameters():
-        zeroed = "norm1.linear" in name or name.startswith("proj_out") or name.endswith("bias")
-        assert bool(each.any()) is not zeroed, name
-    bound = (6 / (128 + 512)) ** 0.5  # of Xavier's uniform distribution
-    largest = float(model.transformer_blocks[0].ff.net[0].proj.weight.detach().abs().max())
-    assert 0.99 * bound < largest <= bound
-    patches = float(model.pos_embed.proj.weight.detach().abs().max())
-    assert 0.95 * (6 / (4 + 128)) ** 0.5 < patches <= (6 / (4 + 128)) ** 0.5
-
-
-def test_the_stock_class_would_not_start_so() -> None:
-    stock = load("diffusers:DiTTransformer2DModel", config=PRESETS["dit-tiny"].config).eval()
-    assert called(stock, infer_example(stock)).any()
-    # Seven more embedders of 256 d + d² + 2 d + 1001 d.
-    more = 7 * (256 * 128 + 128**2 + 2 * 128 + 1001 * 128)
-    assert _count(stock) == PRESETS["dit-tiny"].parameters + more
-
-
-def test_dit_embedders_are_one_in_every_block() -> None:
-    model: Any = load("preset:dit-tiny", dtype="bfloat16")
-    first = model.transformer_blocks[0].norm1.emb
-    assert all(block.norm1.emb is first for block in model.transformer_blocks)
-    assert sum(".emb." in name for name in model.state_dict()) == 8 * 5
-
-
-def test_dit_embedders_stay_one_when_it_is_rebuilt_or_restored(
-    recipes: Path, tmp_path: Path
-) -> None:
-    model = load("preset:dit-tiny", config={"num_layers": 3})
-    description: Any = describe(model)
-    again: Any = rebuild(description)
-    assert again.transformer_blocks[2].norm1.emb is again.transformer_blocks[0].norm1.emb
-    assert _count(again) == _count(model)
-    # An adapter inside the shared embedder, which has a path in every block.
-    surgery.apply(model, str(recipes / "lora-all-linear.yaml"))
-    surgery.save(model, tmp_path / "adapted")
-    restored = surgery.restore(tmp_path / "adapted")
-    assert _count(restored) == _count(model)
-
-
-def test_dit_with_embedders_apart_again_is_written_by_diffusers(tmp_path: Path) -> None:
-    model: Any = load("preset:dit-tiny", config={"num_layers": 3}).eval()
-    _move(model)
-    expected = called(model, infer_example(model))
-    for block in model.transformer_blocks[1:]:
-        block.norm1.emb = copy.deepcopy(block.norm1.emb)
-    model.save_pretrained(tmp_path / "stock")
-    assert torch.equal(called(load(tmp_path / "stock").eval(), infer_example(model)), expected)
-    surgery.save(model, tmp_path / "ours")
-    assert _count(surgery.restore(tmp_path / "ours")) == _count(model)
-
-
-@pytest.mark.parametrize(
-    ("shared", "message"),
-    [
-        ({"transformer_blocks.1.nowhere": "transformer_blocks.0"}, "no attribute|nowhere"),
-        ({"transformer_blocks.1": "pos_embed"}, "expected two modules of one class"),
-        ([], "'shared' is"),
-    ],
-)
-def test_a_description_that_shares_what_cannot_be(shared: Any, message: str) -> None:
-    description = describe(load("preset:dit-tiny", device="meta"))
-    assert description is not None
-    assert set(description["shared"].values()) == {"transformer_blocks.0.norm1.emb"}
-    with pytest.raises(SourceError, match=message):
-        rebuild({**description, "shared": shared})
-
-
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-# What DPM-Solver of diffusers does with numpy 2.
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_dit_works_in_the_pipeline(guidance: float, name: str) -> None:
-    import diffusers
-
-    model = load("preset:dit-tiny").eval()
-    _move(model)
-    vae = diffusers.AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        sample_size=8,
-    )
-    pipeline = diffusers.DiTPipeline(
-        transformer=model, vae=vae, scheduler=getattr(diffusers, name)(num_train_timesteps=1000)
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        [3, 9],
-        guidance_scale=guidance,
-        num_inference_steps=3,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    assert images.shape == (2, 1, 8, 8)
-    assert images.isfinite().all()
-    assert images.std() > 0
 
 
 @pytest.mark.parametrize("name", ["resnet-18", "resnet-26-bottleneck"])
@@ -316,18 +203,6 @@ def test_any_other_source_goes_the_same_way(recipes: Path) -> None:
         surgery.apply(model, str(recipes / "ancre.yaml"))
         called(model, infer_example(model)).square().sum().backward()
         assert all(each.grad is not None for each in model.parameters())
-
-
-def _move(model: nn.Module) -> None:
-    """Leave the start, where a DiT's blocks are the identity and comparisons would say nothing."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for each in model.parameters():
-            each.add_(0.02 * torch.randn(each.shape, generator=generator))
-
-
-def _count(model: nn.Module) -> int:
-    return sum(each.numel() for each in model.parameters())
 
 
 def test_the_page_runs_and_lists_what_there_is(root: Path) -> None:
