@@ -58,6 +58,16 @@ class ImageSampling(_Section):
     count: Count = 20
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _enough_steps(self) -> Self:
+        if self.scheduler == "ddpm" and self.steps < 2:
+            raise invalid(
+                "ddpm goes from the last level to the first, which takes 2 steps or more",
+                hint="raise steps",
+                at="steps",
+            )
+        return self
+
 
 class LanguageObjective(_Section):
     """Next-token prediction.

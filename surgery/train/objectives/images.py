@@ -174,17 +174,19 @@ def _scheduler(
     objective: DiffusionObjective, config: ImageSampling, *, learned: bool, pixels: bool
 ) -> Any:
     diffusers = require("diffusers")
-    # "trailing" begins at the last level, which is noise (arXiv 2305.08891).
-    common = {
-        **gaussian.schedule(objective.steps, objective.prediction),
-        "timestep_spacing": "trailing",
-    }
-    if config.scheduler == "dpm":
-        made = diffusers.DPMSolverMultistepScheduler(**common)
+    common = gaussian.schedule(objective.steps, objective.prediction)
+    # Both spacings begin at the last level, which is noise (arXiv 2305.08891). The ancestral
+    # sampler ends at level 0 too, the only step at which it adds no noise (arXiv 2102.09672).
+    if config.scheduler == "ddpm":
+        made = diffusers.DDPMScheduler(
+            **common,
+            timestep_spacing="linspace",
+            clip_sample=pixels,
+            variance_type="learned_range" if learned else "fixed_small",
+        )
     elif config.scheduler == "ddim":
-        made = diffusers.DDIMScheduler(**common, clip_sample=pixels)
+        made = diffusers.DDIMScheduler(**common, timestep_spacing="trailing", clip_sample=pixels)
     else:
-        kind = "learned_range" if learned else "fixed_small"
-        made = diffusers.DDPMScheduler(**common, clip_sample=pixels, variance_type=kind)
+        made = diffusers.DPMSolverMultistepScheduler(**common, timestep_spacing="trailing")
     made.set_timesteps(config.steps)
     return made
