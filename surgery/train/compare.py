@@ -23,7 +23,7 @@ import numpy as np
 from surgery.errors import ConfigError, TrainingError
 from surgery.train.views.canvas import write_whole
 from surgery.train.views.equal import Saving, savings
-from surgery.train.views.runs import CONFIG, Record, groups, read_run
+from surgery.train.views.runs import CONFIG, Group, Record, read_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -286,13 +286,11 @@ def compare(
     runs = [(seeded(config, seed), seed) for seed in seeds for config in configs]
     for number, (config, seed) in enumerate(runs, 1):
         folder = out / config.name / f"seed-{seed}"
-        if finished(config, folder):
-            _say(tell, f"{config.name}, seed {seed}: finished before ({number} of {len(runs)})")
-            continue
-        _say(tell, f"{config.name}, seed {seed}: training ({number} of {len(runs)})")
-        peak = run(config, folder)
-        if engine.main_process():
-            write_whole(folder / MEASURED, json.dumps({"peak_memory": peak}).encode() + b"\n")
+        done = finished(config, folder)
+        what = "finished before" if done else "training"
+        _say(tell, f"{config.name}, seed {seed}: {what} ({number} of {len(runs)})")
+        if not done:
+            train_once(config, folder, run)
     folders = {
         config.name: {seed: out / config.name / f"seed-{seed}" for seed in seeds}
         for config in configs
@@ -301,6 +299,18 @@ def compare(
     if engine.main_process():
         _write(result, folders)
     return result
+
+
+def train_once(config: PretrainConfig, folder: Path, run: Runner) -> None:
+    """Train one run, or go on with it, and note its peak of memory beside it."""
+    from surgery.train import engine
+
+    # Part of a run has part of its peak: of a run that goes on it is not known.
+    whole = not (folder / CONFIG).is_file()
+    peak = run(config, folder)
+    if engine.main_process():
+        found = {"peak_memory": peak if whole else None}
+        write_whole(folder / MEASURED, json.dumps(found).encode() + b"\n")
 
 
 def report(folders: Mapping[str, Mapping[int, Path]], out: Path) -> Comparison:
@@ -319,7 +329,8 @@ def report(folders: Mapping[str, Mapping[int, Path]], out: Path) -> Comparison:
     }
     everything = [record for found in records.values() for record in found.values()]
     first, *_ = records
-    saved = {saving.name: saving for saving in savings(groups(everything))}
+    together = [Group(name, tuple(found.values())) for name, found in records.items()]
+    saved = {saving.name: saving for saving in savings(together)}
     rows = tuple(
         _row(name, found, records[first], saved.get(name), is_first=name == first)
         for name, found in records.items()
@@ -543,8 +554,11 @@ def _write(result: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> Non
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
     write_whole(result.out / RESULT_JSON, text.encode())
     write_whole(result.out / RESULT_MARKDOWN, result.to_markdown().encode())
-    records = [read_run(path) for paths in folders.values() for path in paths.values()]
-    canvas.save(losses.curves(groups(records)), result.out / "losses.png")
+    together = [
+        Group(name, tuple(read_run(path) for path in paths.values()))
+        for name, paths in folders.items()
+    ]
+    canvas.save(losses.curves(together), result.out / "losses.png")
 
 
 def _say(tell: Tell | None, text: str) -> None:
