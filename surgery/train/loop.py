@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -163,9 +164,17 @@ class Loop:
         if self._judge(step, loss, norm):
             self.optimizer.step()
             self.aim.stepped()
+            self.schedule.step()
+        else:
+            self._pass_over()
         self.optimizer.zero_grad()
-        self.schedule.step()
         return loss, norm
+
+    def _pass_over(self) -> None:
+        """Go on in the schedule without a step of the optimizer."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.schedule.step()
 
     def _gradient_norm(self) -> Tensor:
         from torch.distributed.tensor import DTensor

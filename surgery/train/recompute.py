@@ -17,7 +17,9 @@ class _Transformers(Protocol):
 
     supports_gradient_checkpointing: bool
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None: ...
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None
+    ) -> None: ...
 
 
 @runtime_checkable
@@ -46,7 +48,7 @@ def recompute(model: nn.Module) -> None:
         ModelStateError: the model has neither its own way nor a stack of blocks.
     """
     if isinstance(model, _Transformers) and model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     elif isinstance(model, _Diffusers) and model._supports_gradient_checkpointing:  # pyright: ignore[reportPrivateUsage]
         model.enable_gradient_checkpointing()
     elif isinstance(model, _Timm):
