@@ -70,15 +70,30 @@ def find(folder: Path) -> tuple[list[str], list[str]]:
 
     Returns:
         Paths relative to the folder: those of images, and all others.
+
+    Raises:
+        DataError: a folder cannot be read, or a link leads to one that was read already.
     """
     images: list[str] = []
     others: list[str] = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+    seen: dict[tuple[int, int], str] = {}
+    for place, _, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        there = Path(place).stat()
+        before = seen.setdefault((there.st_dev, there.st_ino), place)
+        if before != place:
+            raise DataError(
+                f"{place} is {before} once more, by a link; its images would count twice",
+                hint="remove the link",
+            )
         for name in files:
             path = os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118
             (images if is_image(name) else others).append(path)
     return sorted(images), sorted(others)
+
+
+def _unreadable(error: OSError) -> None:
+    # Without it, os.walk passes over what it cannot read.
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def decode(file: File, name: str, channels: Channels) -> Image:

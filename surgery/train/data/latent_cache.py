@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -232,12 +233,9 @@ def _wanted(
     config: LatentData, data: Data, parts: Mapping[Part, ImageSamples], vae: nn.Module
 ) -> Index:
     _check_fit(config, data, vae)
-    with torch.no_grad():
-        one = _encoded(vae, parts["held_out"][0]["images"].unsqueeze(0))
-    shape = cast("tuple[int, int, int]", tuple(one.shape[1:]))
-    width = (
-        one[0].numel() * _DTYPES[config.dtype].itemsize * (2 if config.images.augment.flip else 1)
-    )
+    shape = _shape(data, vae)
+    copies = 2 if config.images.augment.flip else 1
+    width = math.prod(shape) * copies * _DTYPES[config.dtype].itemsize
     factor, shift = scaling(vae)
     pixels = config.images.model_dump(mode="json", exclude=_NOT_PIXELS)
     return Index(
@@ -256,6 +254,18 @@ def _wanted(
     )
 
 
+def _shape(data: Data, vae: nn.Module) -> tuple[int, int, int]:
+    """Shape of the moments of one image."""
+    height, width = data.facts.size or (0, 0)
+    factor = _factor(vae)
+    return 2 * int(vae_config(vae)["latent_channels"]), height // factor, width // factor
+
+
+def _factor(vae: nn.Module) -> int:
+    """How many times smaller than an image its latent is: every block but the last halves it."""
+    return 2 ** (len(vae_config(vae)["block_out_channels"]) - 1)
+
+
 def _check_fit(config: LatentData, data: Data, vae: nn.Module) -> None:
     sizes = vae_config(vae)
     channels, (height, width) = data.facts.channels, data.facts.size or (0, 0)
@@ -265,7 +275,7 @@ def _check_fit(config: LatentData, data: Data, vae: nn.Module) -> None:
         f"{sizes['in_channels']}",
         hint=f"set data.images.channels: {sizes['in_channels']}",
     )
-    factor = 2 ** (len(sizes["block_out_channels"]) - 1)
+    factor = _factor(vae)
     need(
         height % factor == 0 and width % factor == 0,
         f"images of {height} by {width} pixels do not divide by {factor}, the factor by which "

@@ -14,7 +14,6 @@ from surgery.errors import DataError
 from surgery.train.data.base import Place, Samples
 from surgery.train.data.configs import Augment, DigitsData
 from surgery.train.data.digits import open_digits
-from surgery.train.data.order import Order
 
 
 def everything(samples: Samples) -> dict[str, torch.Tensor]:
@@ -64,7 +63,7 @@ def test_the_held_out_part_is_stratified_and_the_same_for_every_seed():
 def test_a_batch_is_its_samples():
     train = open_digits(DigitsData(), seed=0).train
     assert isinstance(train, Samples)
-    places = [Order(len(train), batch=4, seed=1).place(position) for position in (0, 9, 1500, 3)]
+    places = [Place(5, 0), Place(1436, 9), Place(5, 1500), Place(0, 3)]
     batch = train.batch(places)
     for row, place in enumerate(places):
         sample = train.sample(place.index, place.position)

@@ -166,6 +166,28 @@ def test_a_missing_folder_and_one_without_images(tmp_path: Path):
         open_data(FolderData(path=str(tmp_path), labels="none"), seed=0)
 
 
+def test_links_are_followed_once(tmp_path: Path):
+    fill(tmp_path / "real", {"x": 4})
+    root = tmp_path / "data"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "linked").symlink_to(tmp_path / "real" / "x")
+    data = open_data(FolderData(path=str(root)), seed=0)
+    assert len(data.train) + len(data.held_out) == 4
+    (root / "a" / "round").symlink_to(root / "a")
+    with pytest.raises(DataError, match=r"a/round is \S+/a once more, by a link"):
+        open_data(FolderData(path=str(root)), seed=0)
+
+
+def test_a_worker_names_the_file_it_cannot_decode(tmp_path: Path):
+    fill(tmp_path, {"a": 3})
+    data = open_data(FolderData(path=str(tmp_path), size=8), seed=0)
+    for path in (tmp_path / "a").iterdir():
+        _garble(path)
+    loader = training_loader(data.train, batch=2, seed=0, workers=1)
+    with pytest.raises(DataError, match=r"a/0\d\.png cannot be decoded"):
+        next(iter(loader))
+
+
 def test_files_left_out_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     fill(tmp_path, {"a": 4})
     (tmp_path / "a" / "Thumbs.db").write_bytes(b"")

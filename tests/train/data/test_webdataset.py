@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import pickle
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,6 +174,13 @@ def test_resume_gives_the_same_samples(augmented: WebDatasetData, start: int):
 
 def test_workers_give_the_same_samples(augmented: WebDatasetData):
     assert all(map(same, seen(augmented, 2, 6), seen(augmented, 2, 6, workers=2)))
+
+
+def test_samples_can_be_sent_to_a_worker_that_is_spawned(augmented: WebDatasetData):
+    samples = open_data(augmented, seed=3).train
+    assert isinstance(samples, Samples)
+    copy = pickle.loads(pickle.dumps(samples))  # noqa: S301
+    assert same(samples.sample(7, 9), copy.sample(7, 9))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
