@@ -23,9 +23,11 @@ def kind_of(block: str) -> str:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=kind_of)
-def test_examples_are_valid(block: str):
+def test_examples_are_valid_and_survive_being_written(block: str):
     loaded, _ = yaml.load(block, "docs/data.md")
-    TypeAdapter(DataConfig).validate_json(json.dumps(loaded["data"]))
+    section = TypeAdapter(DataConfig).validate_json(json.dumps(loaded["data"]))
+    # As a run's resolved configuration is written and read back.
+    assert TypeAdapter(DataConfig).validate_json(section.model_dump_json()) == section
 
 
 def test_there_is_an_example_of_every_kind():
