@@ -40,7 +40,7 @@ class Drawn:
         """The texts, or where the images are."""
         if self.texts is None:
             return Text(str(self.path))
-        return Group(*(Text(text + "\n") for text in self.texts))
+        return Group(*(Text(_shown(text) + "\n") for text in self.texts))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -49,6 +49,11 @@ class Drawn:
             "model": str(self.model),
             "texts": None if self.texts is None else list(self.texts),
         }
+
+
+def _shown(text: str) -> str:
+    """Text without what a terminal would obey, such as escape sequences."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
 
 
 def sample(
