@@ -102,7 +102,8 @@ class Saving:
         if found is None:
             return f"loss of {self.baseline} reached in {self.reached} of {len(self.runs)} seeds"
         mean, spread = found
-        return f"{percent(mean)} ± {100 * (spread or 0.0):.0f}% over {len(self.runs)} seeds"
+        share = f"{100 * abs(mean):.0f} ± {100 * (spread or 0.0):.0f}%"
+        return f"{share} {'fewer' if mean >= 0 else 'more'} steps ({len(self.runs)} seeds)"
 
 
 def percent(saved: float) -> str:

@@ -40,7 +40,9 @@ def curves(groups: Sequence[Group]) -> Figure:
         handles.append(_handle(look, legend_of(group, saving)))
     _target(right, groups, [saving for saving in found if saving is not None])
     left.set_title("training (thin, smoothed) and evaluation loss", fontsize=10)
-    right.set_title("evaluation loss, last part", fontsize=10)
+    marks = f"\ndashed: the last loss of {groups[0].name}; diamonds: where others reach it"
+    several = len(groups) > 1
+    right.set_title(f"evaluation loss, last part{marks if several else ''}", fontsize=10)
     _finish(left, right, groups)
     figure.legend(handles=handles, loc="outside lower left", fontsize=9, frameon=False)
     return figure

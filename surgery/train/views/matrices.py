@@ -268,7 +268,7 @@ def animated(stacks: Sequence[Frames], total: int | None) -> Iterator[Array]:
         ``(height, width, 3)`` uint8, all of one size and layout.
     """
     scale = _scale_of_run(stacks)
-    columns = min(len(stacks), 3)
+    columns = min(math.ceil(math.sqrt(len(stacks))), 3)
     side = _side(stacks, 4.0 if len(stacks) == 1 else 3.0)
     rows = math.ceil(len(stacks) / columns)
     figure = canvas.new_figure(columns * (side + 0.5) + 1.2, rows * (side + 0.3) + 0.8, dpi=100)

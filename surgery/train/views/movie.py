@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from surgery.train.views.canvas import Array, write_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Animation = Literal["gif", "webp"]
 
@@ -38,11 +41,7 @@ def write(pictures: Sequence[Array], path: Path) -> Path:
             held, "WEBP", save_all=True, append_images=rest, duration=times, loop=0, lossless=True
         )
     else:
-        # One palette for all frames: a colour of its own per frame would change the scale.
-        shared = Image.fromarray(
-            np.concatenate([pictures[0], pictures[len(pictures) // 2], pictures[-1]])
-        )
-        palette = shared.quantize(256, method=Image.Quantize.MEDIANCUT)
+        palette = _shared_palette(pictures)
         first, *rest = (
             image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images
         )
@@ -51,3 +50,16 @@ def write(pictures: Sequence[Array], path: Path) -> Path:
         )
     write_whole(path, held.getvalue())
     return path
+
+
+def _shared_palette(pictures: Sequence[Array]) -> Image:
+    """One palette for all frames: with one each, the colours of the scale would change."""
+    from PIL import Image
+
+    some = [pictures[0], pictures[len(pictures) // 2], pictures[-1]]
+    found = Image.fromarray(np.concatenate(some)).quantize(256, method=Image.Quantize.MEDIANCUT)
+    colors = np.array(found.getpalette()).reshape(-1, 3)
+    # The cut mixes what is nearly white into white.
+    colors[colors.sum(1).argmax()] = 255
+    found.putpalette(colors.ravel().tolist())
+    return found
