@@ -76,7 +76,12 @@ def tokenize(
     """
     corpus = open_corpus(source, pattern=pattern, held_out=held_out)
     maker = Maker(corpus, tokenizer, vocabulary, shard_size)
-    return maker.make(out, length=length, workers=workers or os.cpu_count() or 1)
+    index = maker.make(out, length=length, workers=workers or os.cpu_count() or 1)
+    if index.length != length:
+        # The tokens were there already; of the length, only the index knows.
+        index = index.model_copy(update={"length": length})
+        shards.write_index(out, index)
+    return index
 
 
 class Maker:
@@ -105,7 +110,7 @@ class Maker:
         self.key = sha256(json.dumps(parts).encode()).hexdigest()
 
     def make(self, folder: Path, *, length: int, workers: int) -> Index:
-        """The index of the folder, made where it is not there yet.
+        """The index of the folder, made where it is not there yet, for samples of ``length``.
 
         Several processes may make the same folder at once: each writes the same files, each in
         one step.

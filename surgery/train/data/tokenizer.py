@@ -169,7 +169,8 @@ class TransformersTokenizer:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
+        # Not its length: ids may have gaps.
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.bos = cast("int | None", tokenizer.bos_token_id)
         self.pad = cast("int | None", tokenizer.pad_token_id)
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)

@@ -321,6 +321,9 @@ def test_the_length_of_the_folder_is_the_default(texts, tmp_path):
     data = open_data(TokenData(path=str(tmp_path / "out")), seed=0)
     assert data.facts.length == 12
     assert data.train[0]["input_ids"].shape == (12,)
+    # Asked for again with another length, the tokens stay.
+    assert tokenize(str(texts), tmp_path / "out", length=20, workers=1).length == 20
+    assert open_data(TokenData(path=str(tmp_path / "out")), seed=0).facts.length == 20
 
 
 def test_text_is_tokenized_once_into_the_cache(texts, tmp_path, monkeypatch):
