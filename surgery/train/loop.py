@@ -113,21 +113,34 @@ class Loop:
             CheckpointError: the disk is full.
         """
         steps = self.config.train.steps
+        with progress.task("training", total=steps) as task:
+            task.advance(done)
+            self.start(done)
+            for step in range(done + 1, steps + 1):
+                task.note = self.advance(step) or task.note
+                task.advance()
+            self.clock.stop()
+
+    def start(self, done: int) -> None:
+        """Get ready for step ``done`` + 1."""
         self._parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self._logged = (done, self.clock.seconds)
         self._batches = self._training_batches(done)
-        with progress.task("training", total=steps) as task:
-            task.advance(done)
-            if done == 0 and self.config.log.matrices is not None:
-                self._log_matrices(0)  # what training starts from
-            self.clock.start()
-            for step in range(done + 1, steps + 1):
-                loss, norm = self._step(step)
-                if self._due(step, self.config.log.every):
-                    task.note = self._log_step(step, loss, norm)
-                self._sometimes(step)
-                task.advance()
-            self.clock.stop()
+        if done:
+            self._say("event", f"going on from step {done}")
+        elif self.config.log.matrices is not None:
+            self._log_matrices(0)  # what training starts from
+        self.clock.start()
+
+    def advance(self, step: int) -> str | None:
+        """Make a step, and whatever is due after it; the line of the log in words, if any."""
+        loss, norm = self._step(step)
+        said: str | None = None
+        if self._due(step, self.config.log.every):
+            self._settle()
+            said = self._log_step(step, loss, norm)
+        self._sometimes(step)
+        return said
 
     def _sometimes(self, step: int) -> None:
         """What does not happen at every step."""
@@ -136,12 +149,14 @@ class Loop:
             with self.clock.aside():
                 self._log_matrices(step)
         if self._due(step, config.evaluate.every):
+            self._settle()
             with self.clock.aside():
                 self._evaluate(step)
         if sampling is not None and step % sampling == 0:
             with self.clock.aside():
                 self._sample(step)
         if self._due(step, config.checkpoint.every):
+            self._settle()
             with self.clock.aside():
                 self._save(step)
 
@@ -190,6 +205,9 @@ class Loop:
 
     def _judge(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         """Whether the optimizer may make this step."""
+        if self.watch.defers:
+            self.watch.defer(step, loss, norm)
+            return True
         alone = self.accelerator.num_processes == 1
         known = alone or self.watch.follows_loss
         value = float(self._over_ranks(loss)) if known else None
@@ -199,6 +217,11 @@ class Loop:
             return True
         self._trouble(step, verdict, float(self._over_ranks(loss)), float(norm))
         return False
+
+    def _settle(self) -> None:
+        """Learn of the steps that the optimizer left out by itself."""
+        for step, loss, norm in self.watch.settled():
+            self._trouble(step, "not finite", loss, norm)
 
     def _trouble(self, step: int, verdict: Verdict, loss: float, norm: float) -> None:
         """Stop the run, or write down that the step is skipped."""

@@ -21,7 +21,7 @@ from surgery.train.logs import LOG, RunLog, lines
 from surgery.train.loop import Clock, Loop, Tell
 from surgery.train.optimizers import build_optimizer, build_schedule
 from surgery.train.snapshot import Snapshot
-from surgery.train.watch import Watch
+from surgery.train.watch import Watch, by_itself
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -179,7 +179,8 @@ def _assembled(
     prepared, stepper = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared, keep_torch_compile=False)
     aim.start(plain)
-    watch = Watch(config.train)
+    scaled = accelerator.scaler is not None
+    watch = Watch(config.train, by_itself(optimizer, accelerator.device, scaled=scaled))
     randomness.seed_all(config.seed, accelerator.process_index)
     snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch)
     return Loop(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from surgery.errors import TrainingError
 from surgery.tree import named_modules, named_parameters
@@ -60,17 +61,62 @@ class Mean:
         return self.total / self.weight if self.count >= _SETTLED else math.inf
 
 
+def by_itself(optimizer: Optimizer, device: torch.device, *, scaled: bool) -> Optimizer | None:
+    """The optimizer, if it can leave out a step without the host knowing and it pays.
+
+    Args:
+        optimizer: The plain optimizer.
+        device: Where it steps. On the CPU there is nothing to wait for.
+        scaled: Whether losses are scaled (fp16), which does the same by its own means.
+    """
+    fused = isinstance(optimizer, AdamW) and bool(optimizer.defaults["fused"])
+    return optimizer if fused and device.type == "cuda" and not scaled else None
+
+
 class Watch:
     """Judges every step.
 
     Args:
         train: Section ``train``.
+        optimizer: One that can leave out a step by itself (fused AdamW on CUDA); with it no step
+            waits for the device.
     """
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, optimizer: Optimizer | None = None) -> None:
         self._train = train
         self._mean = Mean()
         self._skipped = 0
+        self._optimizer = optimizer
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
+
+    @property
+    def defers(self) -> bool:
+        """Whether the optimizer leaves out what is not finite, without a word to the host."""
+        return self._optimizer is not None and not self.follows_loss
+
+    def defer(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Tell the optimizer, on its device, whether this step counts.
+
+        Args:
+            step: The step.
+            loss: Over this rank's samples.
+            norm: Norm of the gradient over all parameters, the same on every rank.
+        """
+        # What GradScaler uses: fused kernels leave weights and moments alone where it is not 0.
+        cast("Any", self._optimizer).found_inf = (~norm.isfinite()).float()
+        self._waiting.append((step, loss, norm))
+
+    def settled(self) -> Generator[tuple[int, float, float]]:
+        """Step, loss and norm of every step that was left out since the last call."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        norms = torch.stack([norm for _, _, norm in waiting]).tolist()
+        for (step, loss, _), norm in zip(waiting, norms, strict=True):
+            if math.isfinite(norm):
+                self._skipped = 0
+            else:
+                yield step, float(loss), norm
 
     @property
     def follows_loss(self) -> bool:

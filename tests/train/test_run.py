@@ -329,3 +329,25 @@ def test_a_spike_is_treated_as_configured(chosen: str, tmp_path: Path, armed: di
         return
     run = pretrain(config, out=tmp_path / "run")
     assert len(tiny.log(run.out, "event")) == (chosen == "skip")
+
+
+@pytest.mark.parametrize("chosen", ["stop", "skip"])
+def test_on_a_device_the_optimizer_leaves_the_step_out_by_itself(
+    chosen: str, tmp_path: Path, armed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    from surgery.train import run
+
+    # What is done on CUDA, where the host must not wait for every step; here on the CPU.
+    monkeypatch.setattr(run, "by_itself", lambda optimizer, *_, **__: optimizer)
+    config = tiny.digits(f'train.on_nan="{chosen}"', "log.every=4", "checkpoint.every=100")
+    if chosen == "stop":
+        told = r"step 5: .*; samples 32\.\.39 of the run; the output of blocks\.2 is the first"
+        with pytest.raises(TrainingError, match=told):
+            pretrain(config, out=tmp_path / "run")
+        return
+    done = pretrain(config, out=tmp_path / "run")
+    (event,) = tiny.log(done.out, "event")
+    assert (event["step"], event["event"]) == (5, "skipped")
+    monkeypatch.undo()
+    saved = load_file(done.model / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in saved.values())
