@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from surgery.cli import app
 from surgery.errors import DataError
-from surgery.train.data import making, open_data, shards
+from surgery.train.data import making, open_data, shards, text
 from surgery.train.data.base import Place
 from surgery.train.data.configs import TextData, TokenData
 from surgery.train.data.making import tokenize
@@ -26,7 +26,7 @@ def texts(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(30):
-        lines = f"text {number}: " + "word é " * (number % 7)
+        lines = f"text {number}:\n" + "word é\n" * (number % 7)
         (folder / f"{number:02d}.txt").write_text(lines, encoding="utf-8")
     return folder
 
@@ -53,6 +53,15 @@ def test_documents_are_joined_by_eos_across_shards(texts, tmp_path, shard_size, 
     assert row(tmp_path / "out", split) == expected_row(texts, split, held_out=0.3)
     assert (len(index.splits[split]) == 1) == (shard_size > 100)
     assert index.dtype == "uint16"
+
+
+def test_a_document_in_pieces_ends_once(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 20)
+    pieces = open_corpus(str(texts)).train
+    assert len(pieces) > len({piece.file for piece in pieces})
+    index = tokenize(str(texts), tmp_path / "out", shard_size=50, workers=1)
+    assert row(tmp_path / "out") == expected_row(texts)
+    assert index.documents["train"] == len({piece.file for piece in pieces})
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 57])
@@ -214,8 +223,7 @@ def test_a_bpe_is_trained_on_the_training_part_and_kept(texts, tmp_path):
     assert len(tokenizer.encode(["zzqxzzqx"])[0]) == 8
     assert len(tokenizer.encode(["word"])[0]) < 4
     corpus = open_corpus(str(texts), held_out=0.3)
-    text = tokenizer.decode(row(out))
-    assert text == "".join(read(piece) for piece in corpus.train)
+    assert tokenizer.decode(row(out)) == "".join(read(piece) for piece in corpus.train)
     data = open_data(TokenData(path=str(out), length=8), seed=0)
     assert data.facts.vocab_size == index.tokenizer.vocab_size == tokenizer.vocab_size
     assert data.facts.tokenizer.decode([*tokenizer.encode(["word é"])[0]]) == "word é"
