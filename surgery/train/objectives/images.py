@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Images drawn at a time; guidance doubles them.
 _AT_ONCE = 64
+_DECODED_AT_ONCE = 8
 # Small images are enlarged to about this many pixels, so that a grid can be looked at.
 _SIDE = 64
 
@@ -60,7 +61,9 @@ class Decoder:
         """Images (B, 3, H, W) in about [-1, 1] from scaled latents."""
         vae: Any = self.vae.to(latents.device)
         shift = vae.config.shift_factor or 0.0
-        return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+        unscaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+        # A few at a time: activations at full resolution are far larger than the latents.
+        return torch.cat([vae.decode(part).sample for part in unscaled.split(_DECODED_AT_ONCE)])
 
 
 def draw(
