@@ -624,7 +624,14 @@ def configurations(given: list[str]) -> tuple[list[Path], list[str]]:
     changes = [each for each in given if "=" in each and not Path(each).exists()]
     names = [each for each in given if each not in changes]
     # A file wins over a shipped configuration of the same name.
-    return [Path(n) if Path(n).exists() else shipped_ones.get(n, Path(n)) for n in names], changes
+    found = {name: Path(name) for name in names if Path(name).exists()}
+    for name in names:
+        if name not in found and name not in shipped_ones and not Path(name).suffix:
+            raise typer.BadParameter(
+                f"{name!r} is no file and no shipped configuration; "
+                f"{registry.suggest(name, shipped_ones)}"
+            )
+    return [found[n] if n in found else shipped_ones.get(n, Path(n)) for n in names], changes
 
 
 @contextmanager

@@ -328,3 +328,9 @@ def test_a_piped_plan_is_whole_and_stderr_is_silent(root: Path, rules: str):
 def test_help_does_not_wait_for_torch(root: Path):
     script = "import sys, surgery.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
+
+
+def test_a_misspelt_shipped_configuration_gets_the_nearest_names():
+    result = call("pretrain", "llama-tyni")
+    assert result.exit_code == USAGE
+    assert "'llama-tiny'" in result.stderr
