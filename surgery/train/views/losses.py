@@ -132,8 +132,8 @@ def _finish(left: Axes, right: Axes, groups: Sequence[Group]) -> None:
     everything = np.concatenate([_finite(smoothed(run.train)) for run in runs])
     everything = np.concatenate([everything, *(_finite(run.evaluation) for run in runs)])
     if everything.size and everything.min() > 0 and everything.max() > _LOG_FROM * everything.min():
-        left.set_yscale("log")
-        right.set_yscale("log")
+        _logarithmic(left)
+        _logarithmic(right)
     last = max((run.last_step for run in runs), default=1) or 1
     _zoom(right, runs, last)
     for axes in (left, right):
@@ -141,6 +141,16 @@ def _finish(left: Axes, right: Axes, groups: Sequence[Group]) -> None:
         axes.set_ylabel("loss", fontsize=9)
         axes.tick_params(labelsize=8)
         canvas.plain(axes)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis labelled 0.1, 0.2, 0.5, 1 and so on."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _zoom(axes: Axes, runs: Sequence[Record], last: int) -> None:
