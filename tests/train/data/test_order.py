@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import DataError
@@ -18,6 +18,7 @@ def places(order: Order, batches: int) -> list[Place]:
     return list(itertools.chain.from_iterable(itertools.islice(order, batches)))
 
 
+@settings(deadline=None)
 @given(count=COUNTS, batch=BATCHES, seed=SEEDS)
 def test_every_sample_comes_once_in_every_epoch(count, batch, seed):
     epochs = 3
@@ -27,12 +28,14 @@ def test_every_sample_comes_once_in_every_epoch(count, batch, seed):
         assert sorted(indices) == list(range(count))
 
 
+@settings(deadline=None)
 @given(count=COUNTS, batch=BATCHES, seed=SEEDS)
 def test_positions_count_on_through_all_epochs(count, batch, seed):
     found = places(Order(count, batch=batch, seed=seed), 9)
     assert [place.position for place in found] == list(range(9 * batch))
 
 
+@settings(deadline=None)
 @given(count=COUNTS, batch=BATCHES, seed=SEEDS, start=st.integers(0, 30))
 def test_a_resumed_order_is_the_rest_of_the_whole_one(count, batch, seed, start):
     whole = itertools.islice(Order(count, batch=batch, seed=seed), start, start + 8)
@@ -40,6 +43,7 @@ def test_a_resumed_order_is_the_rest_of_the_whole_one(count, batch, seed, start)
     assert list(whole) == list(resumed)
 
 
+@settings(deadline=None)
 @given(count=COUNTS, part=st.integers(1, 5), seed=SEEDS, start=st.integers(0, 9))
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_accelerate_gives_each_rank_its_part_of_each_batch(ranks, count, part, seed, start):
@@ -52,6 +56,7 @@ def test_accelerate_gives_each_rank_its_part_of_each_batch(ranks, count, part, s
     assert joined == list(itertools.islice(order, 6))
 
 
+@settings(deadline=None)
 @given(count=COUNTS, seed=SEEDS, batch=BATCHES, pieces=st.integers(1, 4))
 def test_accumulation_cuts_a_batch_and_keeps_its_samples(count, seed, batch, pieces):
     whole = places(Order(count, batch=batch * pieces, seed=seed, start=2), 3)
@@ -75,6 +80,7 @@ def test_the_order_is_the_same_in_every_release():
     assert [place.index for place in found] == [5, 6, 2, 1, 4, 3, 0]
 
 
+@settings(deadline=None)
 @given(count=COUNTS, batch=BATCHES)
 def test_a_sweep_takes_every_sample_once(count, batch):
     sweep = Sweep(count, batch=batch)

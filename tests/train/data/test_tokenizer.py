@@ -2,7 +2,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import DataError
@@ -22,6 +22,7 @@ def bpe():
     return train_bpe(WORDS, 300)
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_bytes_lose_nothing(text):
     tokenizer = ByteTokenizer()
@@ -41,6 +42,7 @@ def test_bytes_and_their_special_tokens():
     assert tokenizer.decode([0xC3, 104]) == "\ufffdh"
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_a_bpe_loses_nothing(bpe, text):
     (ids,) = bpe.encode([text])
