@@ -55,6 +55,22 @@ def test_the_error_of_a_run_is_raised_here(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_under_a_launcher_runs_share_the_processes_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Path, bool]] = []
+
+    def pretrain(config: PretrainConfig, *, out: Path, resume: bool) -> None:
+        calls.append((config.name, out, resume))
+
+    monkeypatch.setattr("surgery.train.run.pretrain", pretrain)
+    on_cpu = config(train={"steps": 2, "batch": 2, "device": "cpu"})
+
+    # The peak of a process that has had other runs is not this run's.
+    assert apart.here(on_cpu, tmp_path) is None
+    assert calls == [("tiny", tmp_path, True)]
+
+
 def test_a_process_that_says_nothing_is_told_by_its_exit_code() -> None:
     with pytest.raises(TrainingError, match="exit code -9 and said nothing"):
         apart._peak_of("", -9, config())
