@@ -77,7 +77,7 @@ class Loop:
         accelerator: The engine.
         model: The prepared model.
         plain: The same without wrappers.
-        optimizer: The prepared optimizer.
+        optimizer: The optimizer, prepared where losses are scaled.
         schedule: Of its learning rate.
         aim: The objective.
         data: What is trained and evaluated on.
@@ -198,7 +198,8 @@ class Loop:
         if clip is not None:
             norm = self.accelerator.clip_grad_norm_(self._parameters, clip)
         else:
-            self.accelerator.unscale_gradients()
+            if self.accelerator.scaler is not None:
+                self.accelerator.unscale_gradients()
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm

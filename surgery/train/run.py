@@ -189,7 +189,8 @@ def _assembled(
         accelerator=accelerator,
         model=prepared,
         plain=plain,
-        optimizer=stepper,
+        # Accelerate's own step looks for packages on the disk each time; it is needed for scaling.
+        optimizer=stepper if scaled else stepper.optimizer,
         schedule=schedule,
         aim=aim,
         data=data,
