@@ -84,6 +84,7 @@ class Loop:
         snapshot: Saves and loads all of it.
         watch: Judges every step.
         log: On the main rank.
+        initial: Coefficients that training starts from, taken before the model was sharded.
         tell: Told a line for people, and of what kind it is; None says nothing.
         clock: Time spent in steps.
         evaluation: What the last evaluation gave.
@@ -101,6 +102,7 @@ class Loop:
     snapshot: Snapshot
     watch: Watch
     log: RunLog | None
+    initial: dict[str, Tensor]
     tell: Tell | None = None
     clock: Clock = field(default_factory=Clock)
     evaluation: dict[str, float] = field(default_factory=dict[str, float])
@@ -129,7 +131,7 @@ class Loop:
         if done:
             self._say("event", f"going on from step {done}")
         elif self.config.log.matrices is not None:
-            self._log_matrices(0)  # what training starts from
+            self._write_matrices(0, self.initial)
         self.clock.start()
 
     def advance(self, step: int) -> str | None:
@@ -298,7 +300,9 @@ class Loop:
 
     def _log_matrices(self, step: int) -> None:
         # Every rank asks: a sharded model gathers its coefficients for it.
-        found = shortcuts(self.plain)
+        self._write_matrices(step, shortcuts(self.plain))
+
+    def _write_matrices(self, step: int, found: dict[str, Tensor]) -> None:
         if found and self.log is not None:
             self.log.matrices(step, found)
 

@@ -14,6 +14,7 @@ from torch import nn
 from surgery import progress
 from surgery.checkpoints import save
 from surgery.errors import TrainingError
+from surgery.passes.streams import shortcuts
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, wrapped_classes
 from surgery.train.engine import Engine, engine
@@ -176,6 +177,7 @@ def _assembled(
     aim = objective(config, data, model)
     optimizer = build_optimizer(model, config.optim)
     schedule = build_schedule(optimizer, config.schedule, config.train.steps)
+    initial = shortcuts(model)
     prepared, stepper = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared, keep_torch_compile=False)
     aim.start(plain)
@@ -197,6 +199,7 @@ def _assembled(
         snapshot=snapshot,
         watch=watch,
         log=None,
+        initial=initial,
         tell=tell,
     )
 
