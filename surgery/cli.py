@@ -607,7 +607,8 @@ def compare_runs(
         engine.leave()
     if engine.main_process():
         current.result(found.view(), found.to_dict())
-        current.note(f"saved to {folder}")
+        for note in (*found.notes, f"saved to {folder}"):
+            current.note(note)
 
 
 def numbers(text: str) -> list[int]:

@@ -362,7 +362,9 @@ def section(name: str, data: Mapping[str, Any], images: Path) -> Iterator[str]:
     )
     yield markdown(data["table"]) + "\n"
     yield from missing(name, data["table"])
-    yield per_seed(data["comparison"]) + "\n"
+    yield per_seed(data["comparison"])
+    yield from (f"- {note}" for note in data["comparison"]["notes"] if "busy" in note)
+    yield ""
     for kind, caption in (("losses", "Loss curves"), ("matrices", "Coefficients of ancre, seed 0")):
         if (images / f"evidence-{name}-{kind}.png").is_file():
             yield f"![{caption}.](images/evidence-{name}-{kind}.png)\n"

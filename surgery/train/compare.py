@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -309,7 +310,7 @@ def train_once(config: PretrainConfig, folder: Path, run: Runner) -> None:
     whole = not (folder / CONFIG).is_file()
     peak = run(config, folder)
     if engine.main_process():
-        found = {"peak_memory": peak if whole else None}
+        found = {"peak_memory": peak if whole else None, "load": os.getloadavg()[1]}
         write_whole(folder / MEASURED, json.dumps(found).encode() + b"\n")
 
 
@@ -343,7 +344,8 @@ def report(folders: Mapping[str, Mapping[int, Path]], out: Path) -> Comparison:
         for note in record.notes
         if "no matrix to draw" not in note
     )
-    return Comparison(steps, seeds, rows, notes, out)
+    busy = tuple(note for record in everything for note in _busy(record))
+    return Comparison(steps, seeds, rows, (*notes, *busy), out)
 
 
 def seeded(config: PretrainConfig, seed: int) -> PretrainConfig:
@@ -530,11 +532,23 @@ def _spread(values: Mapping[int, float]) -> Spread | None:
 
 
 def _memory(folder: Path) -> int | None:
-    path = folder / MEASURED
-    if not path.is_file():
-        return None
-    peak = json.loads(path.read_bytes()).get("peak_memory")
+    peak = _measured(folder).get("peak_memory")
     return peak if isinstance(peak, int) else None
+
+
+def _busy(record: Record) -> Iterator[str]:
+    """A note where the machine had more to do than it has cores."""
+    load, cores = _measured(record.path).get("load"), os.cpu_count() or 1
+    if isinstance(load, float) and load > cores + 0.5:
+        yield (
+            f"{record.label}: the machine was busy (load {load:.1f} on {cores} cores), so that its "
+            "time says little"
+        )
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    path = folder / MEASURED
+    return cast("dict[str, Any]", json.loads(path.read_bytes())) if path.is_file() else {}
 
 
 def _line(row: Row, metrics: Sequence[str]) -> list[str]:

@@ -270,6 +270,17 @@ def test_seconds_per_step_leave_the_warm_up_out(tmp_path: Path) -> None:
     assert seconds_per_step(read_run(run)) == pytest.approx(2.25)
 
 
+@pytest.mark.parametrize(("load", "busy"), [(0.9, False), (500.0, True)])
+def test_a_busy_machine_is_noted(
+    load: float, busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, load, 0.0))
+
+    found = compare([config("a"), config("b")], [0], tmp_path, runner=Trainer(LOSSES))
+
+    assert any("a, seed 0: the machine was busy" in note for note in found.notes) is busy
+
+
 def test_a_run_without_its_model_is_not_finished(tmp_path: Path) -> None:
     run = tmp_path / "a"
     Trainer(LOSSES)(config("a"), run)
