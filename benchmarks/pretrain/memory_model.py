@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+#: Bytes of the CPU's generator state: torch's checkpoint keeps it, to draw the same dropout again.
+GENERATOR = 5056
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -48,14 +51,14 @@ class Segment:
     """A block under activation checkpointing.
 
     Attributes:
-        input: Held until its backward is done.
+        held: Its input and the generator's state, until its backward is done.
         first: Index of its first operation.
         last: Index of its last operation.
         events: What its forward did, in order: +1 a hold, -1 a release, 0 a tensor that would
             have been saved.
     """
 
-    input: Buffer
+    held: Sequence[Buffer]
     first: int
     last: int = -1
     events: list[tuple[int, Buffer]] = field(default_factory=list)
@@ -145,8 +148,8 @@ class Tape:
         if not on:
             yield
             return
-        self._open = Segment(x.buffer, len(self._ops))
-        self._hold(x.buffer)
+        held = [self._hold(x.buffer), self._hold(Buffer(GENERATOR))]
+        self._open = Segment(held, len(self._ops))
         yield
         segment, self._open = self._open, None
         segment.last = len(self._ops) - 1
@@ -163,7 +166,8 @@ class Tape:
                 self._recompute(lasts[index])
             self._step_back(self._ops[index])
             if index in firsts:
-                self._release(firsts[index].input)
+                for buffer in firsts[index].held:
+                    self._release(buffer)
         self.drop(loss)
 
     def _step_back(self, op: Op) -> None:
@@ -317,6 +321,8 @@ def simulate(shape: Shape, *, history: bool, checkpointing: bool, resident: bool
         resident: Whether gradients of parameters are there already; they are not counted then.
     """
     tape = Tape(resident=resident)
+    angles = 2 * shape.length * (shape.width // shape.heads) * shape.itemsize
+    tape.value(angles)  # sine and cosine, which every block reads
     x = tape.op(size=shape.state, weight=shape.vocabulary * shape.width * shape.itemsize)
     for site in range(shape.layers):
         if history:

@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.pretrain import scaling
 from benchmarks.pretrain.memory_model import (
+    GENERATOR,
     Shape,
     Tape,
     border_states,
@@ -77,9 +78,9 @@ def test_a_checkpointed_block_keeps_its_input_alone() -> None:
         return tape
 
     on, off = run(on=True), run(on=False)
-    assert (on.kept, off.kept) == (10 + 10 + 1, 10 + 100 + 10 + 1)
+    assert (on.kept, off.kept) == (10 + GENERATOR + 10 + 1, 10 + 100 + 10 + 1)
     assert on.live == off.live == 0
-    assert on.peak >= 10 + 100 + 100  # run again, and the gradient of h
+    assert on.peak >= GENERATOR + 10 + 100 + 100  # run again, and the gradient of h
 
 
 # --- against the allocator ------------------------------------------------------------------
@@ -100,10 +101,10 @@ def test_prediction_of_a_step_against_torchs_allocator(models, checkpointing, re
     predicted = [simulate(shape, history=history, **sides) for history in (False, True)]
     measured = [scaling.measure(built[history], shape, **sides) for history in (False, True)]
     for ours, theirs in zip(predicted, measured, strict=True):
-        # Not modelled: token ids, tables of angles, generator states under checkpointing,
-        # coefficients; in a model this small a few percent.
-        assert ours.peak == pytest.approx(theirs.peak, rel=0.03)
-        assert ours.kept == pytest.approx(theirs.kept, rel=0.02, abs=40_000)
+        # Not modelled: token ids, coefficients, workspaces of kernels; in a model this small a few
+        # percent, where the smallest term of the model is a tenth.
+        assert ours.peak == pytest.approx(theirs.peak, rel=0.04)
+        assert ours.kept == pytest.approx(theirs.kept, rel=0.02)
     wanted, found = (after.peak - before.peak for before, after in (predicted, measured))
     assert abs(wanted - found) < 0.5 * shape.state  # what the history adds, to half a state
 
