@@ -74,7 +74,7 @@ def ids(batch: int = 3) -> Tensor:
 
 def nats(logits: Tensor, labels: Tensor) -> list[list[float]]:
     """Minus log-probability of each following token, one by one in float64."""
-    logs = logits.double().log_softmax(dim=-1)
+    logs = logits.detach().double().log_softmax(dim=-1)
     return [
         [
             -float(logs[row, place, labels[row, place + 1]])
