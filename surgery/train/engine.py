@@ -94,15 +94,21 @@ def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Eng
         wrapped: Class names of the modules that FSDP2 gathers one at a time.
 
     Raises:
+        TrainingError: another rank died, or did not join a collective within ``train.timeout``.
         ConfigError: the batch cannot be split over the ranks, or the device or the launcher does
             not go with the configuration.
     """
     launched = os.environ.get(_USE_FSDP)
     _check_launcher(config.train, launched)
+    # Before the ranks meet: one that left would be missed by the others.
+    _check_ranks(config.train)
     try:
-        accelerator = _accelerator(config.train, wrapped)
-        _check_ranks(config.train, accelerator)
-        yield accelerator
+        yield _accelerator(config.train, wrapped)
+    except RuntimeError as error:
+        lost = _lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
         _forget(launched)
 
@@ -193,11 +199,11 @@ def _check_launcher(train: TrainConfig, launched: str | None) -> None:
         )
 
 
-def _check_ranks(train: TrainConfig, accelerator: Engine) -> None:
-    parts = accelerator.num_processes * train.accumulate
+def _check_ranks(train: TrainConfig) -> None:
+    parts = ranks() * train.accumulate
     if train.batch % parts:
         raise ConfigError(
-            f"a batch of {train.batch} cannot be split over {accelerator.num_processes} ranks and "
+            f"a batch of {train.batch} cannot be split over {ranks()} ranks and "
             f"{train.accumulate} accumulation steps",
             hint=f"set train.batch to a multiple of {parts}",
         )
@@ -222,10 +228,10 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def check_alive(error: Exception) -> TrainingError | None:
+def _lost_rank(error: RuntimeError) -> TrainingError | None:
     """The error to raise where a collective failed because another rank is gone."""
     text = str(error)
-    signs = ("Connection closed by peer", "Timed out waiting", "timed out", "Connection reset")
+    signs = ("closed by peer", "Connection reset", "imed out", "timeout", "remote process exited")
     if ranks() == 1 or not any(sign in text for sign in signs):
         return None
     return TrainingError(

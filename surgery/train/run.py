@@ -115,7 +115,8 @@ def pretrain(
         ModelStateError: the model does not fit the data.
         CheckpointError: there is a run in ``out`` already, its checkpoint is of another
             configuration, or the disk is full.
-        TrainingError: the loss or a gradient is not finite, and the configuration says to stop.
+        TrainingError: the loss or a gradient is not finite, and the configuration says to stop; or
+            another rank is gone.
     """
     start = _start(config, out, resume=resume)
     model = build_model(config)

@@ -111,7 +111,7 @@ class Watch:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        norms = torch.stack([norm for _, _, norm in waiting]).tolist()
+        norms = cast("list[float]", cast("Any", torch.stack([n for *_, n in waiting])).tolist())
         for (step, loss, _), norm in zip(waiting, norms, strict=True):
             if math.isfinite(norm):
                 self._skipped = 0

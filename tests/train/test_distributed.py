@@ -153,7 +153,7 @@ def sabotaged(out: Path, how: str) -> None:
         return model
 
     run.build_model = built
-    pretrain(tiny.digits("train.timeout=4", "train.steps=200"), out=out)
+    train(out, ("train.timeout=20", "train.steps=200"))
 
 
 @pytest.mark.parametrize("how", ["dies", "fails", "falls silent"])
@@ -163,9 +163,10 @@ def test_a_rank_that_is_lost_ends_the_run(how: str, tmp_path: Path):
     since = time.monotonic()
     try:
         (code,) = parts.finish([first])
-        # The limit is 4 seconds; the rest is for a busy machine to notice.
-        assert time.monotonic() - since < 60, "it hung"
+        # The limit is 20 seconds; the rest is for a busy machine to notice.
+        assert time.monotonic() - since < 90, "it hung"
         assert code not in (0, None)
+        assert "another rank died or stopped answering" in (tmp_path / "error-0").read_text()
     finally:
         second.kill()
         second.join()
@@ -207,7 +208,8 @@ def spoiled(out: Path) -> None:
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--standalone"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+    # With --cpu accelerate starts one process. This starts two; the configuration says: on the CPU.
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"],
 }
 
 

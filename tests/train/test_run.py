@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +241,7 @@ def test_too_little_room_is_seen_before_anything_is_written(
 
 
 @pytest.fixture
-def armed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def armed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """One module of the model gives NaN at one step; which, is written into the fixture."""
     from surgery.train import run
     from surgery.train.objectives.classification import Classification
