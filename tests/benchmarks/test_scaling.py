@@ -19,7 +19,7 @@ from benchmarks.pretrain.memory_model import (
     step_operations,
 )
 
-SMALL = Shape(64, 172, 6, 4, 96, batch=2, length=32)
+SMALL = Shape(64, 172, 6, 4, 96, batch=4, length=64)
 
 
 # --- the tape, by hand ----------------------------------------------------------------------
