@@ -58,6 +58,8 @@ if TYPE_CHECKING:
         Where,
     )
     from surgery.sources import Example, load
+    from surgery.train.config import PretrainConfig
+    from surgery.train.run import pretrain
     from surgery.verification import Report, verify
 
 _HOMES: dict[str, tuple[str, ...]] = {
@@ -97,6 +99,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Where",
     ),
     "surgery.sources": ("Example", "load"),
+    "surgery.train.config": ("PretrainConfig",),
+    "surgery.train.run": ("pretrain",),
     "surgery.verification": ("Report", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -120,6 +124,7 @@ __all__ = [
     "NoMatch",
     "Path",
     "Plan",
+    "PretrainConfig",
     "Recipe",
     "Report",
     "Role",
@@ -130,6 +135,7 @@ __all__ = [
     "SourceError",
     "Stack",
     "SurgeryError",
+    "TrainingError",
     "Type",
     "Where",
     "adapters",
@@ -139,6 +145,7 @@ __all__ = [
     "load",
     "parameter_groups",
     "plan",
+    "pretrain",
     "restore",
     "save",
     "shortcuts",

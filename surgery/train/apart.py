@@ -116,7 +116,7 @@ def _main(out: Path, results: TextIO) -> int:
 def _trained(data: dict[str, Any], out: Path) -> int:
     import torch
 
-    import surgery
+    from surgery.sources import load
     from surgery.train.config import PretrainConfig
     from surgery.train.run import pretrain
 
@@ -127,7 +127,7 @@ def _trained(data: dict[str, Any], out: Path) -> int:
             logger.info("%s, seed %s: %s", config.name, config.seed, text)
 
     # Its library is imported now: what that takes is no part of what training takes.
-    surgery.load(config.model.source, config=config.model.config, device="meta")
+    load(config.model.source, config=config.model.config, device="meta")
     before = _peak_of_process()
     pretrain(config, out=out, resume=True, tell=tell)
     if _on_accelerator(config):
