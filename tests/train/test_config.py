@@ -207,3 +207,21 @@ def test_diffusion_models_follow_the_paper(name: str):
     assert config.objective.kind == "diffusion"
     assert (config.objective.label_dropout, config.objective.ema) == (0.1, 0.9999)
     assert (config.data.kind, config.checkpoint.every, config.seed) == ("latents", 50_000, 42)
+
+
+# GaLore's recipes train the same models.
+REWIRED = [n for n in shipped.pretraining() if n.endswith("-ancre") and "galore" not in n]
+
+
+@pytest.mark.parametrize("name", REWIRED)
+def test_models_of_shipped_configurations_are_built_and_rewired(name: str):
+    import surgery
+
+    config = PretrainConfig.load(shipped.pretraining()[name])
+    recipe = config.recipe
+    assert recipe is not None
+    model = surgery.load(
+        config.model.source, config=config.model.config, dtype=config.model.dtype, device="meta"
+    )
+    surgery.apply(model, recipe)
+    assert surgery.parameter_groups(model, weight_decay=0.1)[1]["weight_decay"] == 0
