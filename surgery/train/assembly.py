@@ -9,11 +9,13 @@ from torch import nn
 
 from surgery import progress
 from surgery.capture.graft import stock_class
+from surgery.errors import ModelStateError
 from surgery.passes.streams import Segment, all_segments
 from surgery.planning import apply
 from surgery.select.stacks import find_stacks
 from surgery.sources import load
 from surgery.train.recompute import recompute
+from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
     from surgery.train.config import PretrainConfig
@@ -51,3 +53,20 @@ def wrapped_classes(model: nn.Module) -> list[str]:
     }
     mixers = {Segment.__name__} if any(True for _ in all_segments(model)) else set[str]()
     return sorted(blocks | mixers)
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Refuse for FSDP2 a model whose blocks share parameters.
+
+    Raises:
+        ModelStateError: there is such a parameter; with its name.
+    """
+    first: dict[int, str] = {}
+    for layer in (layer for stack in find_stacks(model) for layer in stack.layers):
+        for name, parameter in named_parameters(model.get_submodule(layer)):
+            if first.setdefault(id(parameter), layer) != layer:
+                raise ModelStateError(
+                    f"fsdp2 shards one block at a time, and {first[id(parameter)]} and {layer} "
+                    f"share {name}",
+                    hint="use train.parallel=ddp",
+                )

@@ -16,8 +16,8 @@ from surgery.checkpoints import save
 from surgery.errors import TrainingError
 from surgery.passes.streams import shortcuts
 from surgery.train import checkpoints, randomness
-from surgery.train.assembly import build_model, wrapped_classes
-from surgery.train.engine import Engine, engine
+from surgery.train.assembly import build_model, check_shardable, wrapped_classes
+from surgery.train.engine import Engine, engine, ranks
 from surgery.train.logs import LOG, RunLog, lines
 from surgery.train.loop import Clock, Loop, Tell
 from surgery.train.optimizers import build_optimizer, build_schedule
@@ -120,6 +120,8 @@ def pretrain(
     """
     start = _start(config, out, resume=resume)
     model = build_model(config)
+    if config.train.parallel == "fsdp2" and ranks() > 1:
+        check_shardable(model)
     with ExitStack() as stack:
         accelerator = stack.enter_context(engine(config, wrapped_classes(model)))
         if accelerator.is_main_process:

@@ -85,9 +85,7 @@ def _is_random(model: nn.Module, case: Case) -> bool:
     """Whether some seeds give different results: a few low drop rates may draw alike from two."""
     example = case.subject.example(quiet=True)
     first, *others = (call(copy.deepcopy(model), example, seed=seed) for seed in range(8))
-    return any(
-        not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)
-    )
+    return any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def all_gradients(case: Case) -> Notes:

@@ -20,6 +20,7 @@ from torch import nn
 import surgery
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.train import checkpoints
+from surgery.train.assembly import check_shardable
 from surgery.train.run import pretrain
 from tests.train import parts, tiny
 
@@ -122,6 +123,14 @@ def test_shards_do_not_go_on_alone(tmp_path: Path):
     shutil.rmtree(out / "model")
     with pytest.raises(CheckpointError, match="holds a sharded model, and this run has a whole"):
         pretrain(tiny.digits(FSDP2), out=out, resume=True)
+
+
+def test_blocks_that_share_parameters_are_not_sharded():
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3))
+    check_shardable(nn.Sequential(blocks))
+    blocks[2][1].weight = blocks[1][1].weight
+    with pytest.raises(surgery.ModelStateError, match=r"0\.1 and 0\.2 share 1\.weight"):
+        check_shardable(nn.Sequential(blocks))
 
 
 def test_a_batch_that_cannot_be_split_is_refused_on_every_rank(tmp_path: Path):
