@@ -154,7 +154,12 @@ def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Engine:
         ),
         dynamo_plugin=utils.TorchDynamoPlugin(backend="inductor" if train.compile else "no"),
         fsdp_plugin=plugin,
-        kwargs_handlers=[utils.InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
+        kwargs_handlers=[
+            utils.InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout)),
+            # Gradients exist before the backward, so that what shortcuts hold on to in it does not
+            # come on top of them (docs/scaling.md), and are not copied into buckets.
+            utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         step_scheduler_with_optimizer=False,
     )
     if plugin is not None:

@@ -294,7 +294,7 @@ class Loop:
         self._write("step", step, line)
         unit = "tokens" if self.data.facts.length else "samples"
         left = _duration((self.config.train.steps - step) * seconds / step)
-        said = f"loss {value:.4f}, {rate:,.0f} {unit}/s, {left} left"
+        said = f"loss {value:.5g}, {rate:,.0f} {unit}/s, {left} left"
         self._say("step", f"step {step}/{self.config.train.steps}: {said}")
         return said
 
@@ -322,7 +322,7 @@ class Loop:
                 self.model, self._prepared(loader), gather=self.accelerator.gather_for_metrics
             )
         self._write("evaluation", step, self.evaluation)
-        told = ", ".join(f"{name} {value:.4f}" for name, value in self.evaluation.items())
+        told = ", ".join(f"{name} {value:.5g}" for name, value in self.evaluation.items())
         self._say("evaluation", f"step {step}: held out: {told}")
 
     def _sample(self, step: int) -> None:

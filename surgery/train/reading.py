@@ -76,21 +76,26 @@ def _as_json(document: Mapping[str, Any]) -> str:
         raise ConfigError(f"a configuration is plain data: {error}") from None
 
 
+#: What an override may say for short.
+_SHORT = {("train", "lr"): ("optim", "lr")}
+
+
 def _override(text: str) -> Override:
     key, equals, value = text.partition("=")
-    steps = key.strip().split(".")
+    steps = tuple(key.strip().split("."))
+    steps = _SHORT.get(steps, steps)
     if not equals or not all(steps):
         raise ConfigError(
             f"override {text!r}: expected KEY=VALUE with a dotted key",
             hint="as in train.steps=100",
         )
     if not value.strip():
-        return Override(tuple(steps), None, text)
+        return Override(steps, None, text)
     try:
         read, _ = yaml.load(value, f"override {text!r}")
     except RuleError as error:
         raise ConfigError(f"override {text!r}: {error.message}", hint=error.hint) from None
-    return Override(tuple(steps), _plain(read), text)
+    return Override(steps, _plain(read), text)
 
 
 def _plain(value: object) -> object:

@@ -45,6 +45,10 @@ def test_an_override_takes_the_place_of_a_value(file: Path):
     assert config.name == "007"
 
 
+def test_the_learning_rate_may_be_given_as_that_of_training(file: Path):
+    assert PretrainConfig.load(file, ["train.lr=3e-4"]).optim.lr == 3e-4
+
+
 def test_an_override_can_replace_a_section_by_one_of_another_kind(file: Path):
     config = PretrainConfig.load(file, ["optim={name: galore, lr: 1e-2, rank: 4}"])
     assert config.optim.name == "galore"
@@ -53,7 +57,8 @@ def test_an_override_can_replace_a_section_by_one_of_another_kind(file: Path):
 REFUSED: dict[str, tuple[str, ...]] = {
     # override: what the error says
     "train.stepz=3": ("train.stepz=3", "unknown key 'stepz'", "did you mean 'steps'?"),
-    "train.lr=3e-4": ("unknown key 'lr'", "did you mean 'optim.lr'?"),
+    "train.batc=3": ("unknown key 'batc'", "did you mean 'batch'?"),
+    "train.weight_decay=0": ("unknown key", "did you mean 'optim.weight_decay'?"),
     "train.steps='4'": ("train.steps", "expected an integer, got the string '4'"),
     "train.steps=0": ("train.steps", "must be at least 1, got 0"),
     "train.steps": ("expected KEY=VALUE",),
