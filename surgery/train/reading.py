@@ -77,7 +77,7 @@ def _as_json(document: Mapping[str, Any]) -> str:
 
 
 #: What an override may say for short.
-_SHORT = {("train", "lr"): ("optim", "lr")}
+_SHORT: dict[tuple[str, ...], tuple[str, ...]] = {("train", "lr"): ("optim", "lr")}
 
 
 def _override(text: str) -> Override:

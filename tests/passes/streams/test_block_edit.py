@@ -342,7 +342,8 @@ def test_several_branches_keep_their_order(mode: str) -> None:
     torch.testing.assert_close(block(x, RELAY, w, old)[0], expected)
     same = torch.tensor([[0.0, float(mode == "replace")]])
     for dtype in (torch.float32, torch.bfloat16):
-        stock.to(dtype), block.to(dtype)
+        stock.to(dtype)
+        block.to(dtype)
         low = x.to(dtype)
         assert torch.equal(block(low, RELAY, same, old.to(dtype))[0], stock(low))
 
