@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROCESS = Path("/proc/self")
 _ORPHANED = 3
 """Exit code of a process whose parent is gone."""
 
@@ -113,7 +113,7 @@ def _main(out: Path, results: TextIO) -> int:
     return 0
 
 
-def _trained(data: dict[str, Any], out: Path) -> int:
+def _trained(data: dict[str, Any], out: Path) -> int | None:
     import torch
 
     from surgery.sources import load
@@ -128,11 +128,11 @@ def _trained(data: dict[str, Any], out: Path) -> int:
 
     # Its library is imported now: what that takes is no part of what training takes.
     load(config.model.source, config=config.model.config, device="meta")
-    before = _peak_of_process()
+    before = _forget_peak()
     pretrain(config, out=out, resume=True, tell=tell)
     if _on_accelerator(config):
         return int(torch.accelerator.max_memory_allocated())
-    return _peak_of_process() - before
+    return None if before is None else _resident("VmHWM") - before
 
 
 def _on_accelerator(config: PretrainConfig) -> bool:
@@ -141,10 +141,25 @@ def _on_accelerator(config: PretrainConfig) -> bool:
     return config.train.device == "auto" and torch.accelerator.is_available()
 
 
-def _peak_of_process() -> int:
-    """Bytes that were resident at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _forget_peak() -> int | None:
+    """Start the peak of resident memory anew: what is resident now, in bytes.
+
+    Imports leave a peak that may be higher than that of a small model's training. None where the
+    kernel does not do this, since the peak of the training alone is unknown then.
+    """
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS")
+
+
+def _resident(what: str) -> int:
+    """A figure of this process in bytes: ``VmRSS`` is resident now, ``VmHWM`` was at most."""
+    status = (_PROCESS / "status").read_text()
+    return next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(what)
+    )
 
 
 def _end_with_parent() -> None:
