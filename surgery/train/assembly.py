@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -45,28 +46,48 @@ def build_model(config: PretrainConfig) -> nn.Module:
 
 
 def wrapped_classes(model: nn.Module) -> list[str]:
-    """Class names of the modules that FSDP2 gathers one at a time: blocks, and what mixes them."""
-    blocks = {
-        stock_class(model.get_submodule(layer)).__name__
-        for stack in find_stacks(model)
-        for layer in stack.layers
-    }
+    """Class names of the modules that FSDP2 gathers one at a time.
+
+    Blocks, modules that several blocks have in common (DiT's embedder), and what mixes states.
+    """
+    blocks = _blocks(model)
+    units = {stock_class(module).__name__ for module in (*blocks.values(), *_common(blocks))}
     mixers = {Segment.__name__} if any(True for _ in all_segments(model)) else set[str]()
-    return sorted(blocks | mixers)
+    return sorted(units | mixers)
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Refuse for FSDP2 a model whose blocks share parameters.
+    """Refuse for FSDP2 a model whose blocks share parameters other than those of a whole module.
 
     Raises:
         ModelStateError: there is such a parameter; with its name.
     """
     first: dict[int, str] = {}
-    for layer in (layer for stack in find_stacks(model) for layer in stack.layers):
-        for name, parameter in named_parameters(model.get_submodule(layer)):
-            if first.setdefault(id(parameter), layer) != layer:
+    blocks = _blocks(model)
+    apart = {id(p) for module in _common(blocks) for p in module.parameters()}
+    for layer, block in blocks.items():
+        for name, parameter in named_parameters(block):
+            shared = first.setdefault(id(parameter), layer) != layer
+            if shared and id(parameter) not in apart:
                 raise ModelStateError(
                     f"fsdp2 shards one block at a time, and {first[id(parameter)]} and {layer} "
                     f"share {name}",
                     hint="use train.parallel=ddp",
                 )
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    layers = [layer for stack in find_stacks(model) for layer in stack.layers]
+    return {layer: model.get_submodule(layer) for layer in layers}
+
+
+def _common(blocks: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Modules that are part of several blocks, and not of another such module."""
+    owners: dict[nn.Module, set[nn.Module]] = {}
+    for block in set(blocks.values()):
+        for module in block.modules():
+            if module is not block:
+                owners.setdefault(module, set()).add(block)
+    common = [module for module, found in owners.items() if len(found) > 1]
+    inner = {child for module in common for child in module.modules() if child is not module}
+    return [module for module in common if module not in inner]

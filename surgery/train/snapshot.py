@@ -8,6 +8,7 @@ ranks can go on.
 from __future__ import annotations
 
 import importlib
+import itertools
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -181,10 +182,11 @@ class Snapshot:
             distributed.load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
         structure = checkpoints.read_json(folder / "structure.json")
         state = {name: unpack(structure[name], shards) for name in structure}
+        weights = state["model"]
         set_state_dict(
             self.model,
             self.optimizer,
-            model_state_dict=state["model"],
+            model_state_dict=weights | {n: weights[f] for n, f in _repeated(self.model).items()},
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
@@ -199,6 +201,10 @@ class Snapshot:
             self.optimizer,
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
+        # A tensor with several names is written once: shared memory has no place in safetensors.
+        model = {
+            name: tensor for name, tensor in model.items() if name not in _repeated(self.model)
+        }
         state = {"model": model, "optimizer": optimizer, "objective": self.aim.state_dict()}
         shards: dict[str, Tensor] = {}
         structure: dict[str, Any] = {}
@@ -206,6 +212,16 @@ class Snapshot:
             structure[name], tensors = pack(part, name)
             shards |= tensors
         return shards, structure
+
+
+def _repeated(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters and buffers that have several, with their first one."""
+    first: dict[int, str] = {}
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    found = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {name: other for name, other in found.items() if name != other}
 
 
 @contextmanager

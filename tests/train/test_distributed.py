@@ -118,6 +118,28 @@ def test_fsdp2_gives_the_curve_of_one_rank_and_goes_on_bit_for_bit(tmp_path: Pat
     assert surgery.shortcuts(surgery.restore(out / "model"))
 
 
+#: A DiT, whose blocks have one embedder in common, with an average of its weights.
+DIT = (
+    'model={"source": "preset:dit-tiny", "config": {"num_layers": 2, "num_attention_heads": 2}}',
+    'objective={"kind": "diffusion", "ema": 0.5}',
+    "optim.lr=1e-4",
+)
+
+
+def test_fsdp2_shards_a_module_that_blocks_have_in_common_by_itself(tmp_path: Path):
+    alone = pretrain(tiny.digits(REWIRED, *DIT), out=tmp_path / "alone").out
+    out = trained(2, tmp_path / "run", REWIRED, *DIT, FSDP2)
+    close(out, alone)
+    whole = weights(out)
+    cut_back(out, 6)
+    trained(2, out, REWIRED, *DIT, FSDP2, resume=True)
+    again = weights(out)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    averages = [load_file(each / "model-ema/model.safetensors") for each in (out, alone)]
+    for name, average in averages[0].items():
+        torch.testing.assert_close(average, averages[1][name], rtol=0, atol=1e-3, msg=name)
+
+
 def test_shards_do_not_go_on_alone(tmp_path: Path):
     out = trained(2, tmp_path / "run", FSDP2)
     shutil.rmtree(out / "model")
