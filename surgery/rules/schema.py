@@ -124,7 +124,10 @@ class Recipe:
         Raises:
             RuleError: there is no such file, or something in it is wrong; with line and column.
         """
-        return cls.loads(yaml.decode(_read(FilePath(path)), str(path)), str(path))
+        return cls.loads(
+            yaml.decode(yaml.read(FilePath(path), "rule file", "rule files", RuleError), str(path)),
+            str(path),
+        )
 
     @classmethod
     def loads(cls, text: str, file: str = "<string>") -> Recipe:
@@ -262,24 +265,3 @@ def _why_unmade(name: str, index: int, ids: Sequence[str]) -> tuple[str, str]:
     earlier = ids[:index]
     hint = suggest(name, earlier) if earlier else "this is the first rule: none comes before it"
     return f"no earlier rule has the id {name!r}", hint
-
-
-def _read(path: FilePath) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(yaml.MAX_BYTES + 1)
-    except FileNotFoundError:
-        problem, hint = "there is no such file", _siblings(path)
-    except IsADirectoryError:
-        problem, hint = "this is a folder; expected a rule file", _siblings(path / "x")
-    except OSError as error:
-        problem, hint = f"cannot be read: {error.strerror}", None
-    raise RuleError(problem, hint=hint, file=str(path))
-
-
-def _siblings(path: FilePath) -> str | None:
-    """The rule files beside a path that is none."""
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either"
-    names = sorted(found.name for found in path.parent.glob("*.y*ml"))
-    return suggest(path.name, names) if names else f"no rule files are in {path.parent}"

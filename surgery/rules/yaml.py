@@ -12,9 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from surgery.errors import RuleError
+from surgery.registry import suggest
 
 if TYPE_CHECKING:
     from ruamel.yaml.error import MarkedYAMLError
@@ -184,6 +186,36 @@ def decode(content: bytes, file: str) -> str:
             line=mark.line,
             column=mark.column,
         ) from None
+
+
+def read(path: Path, expected: str, listed: str, error: type[RuleError]) -> bytes:
+    """The content of a file, or one byte more than may be read of it.
+
+    Args:
+        path: The file.
+        expected: What it should be, for a message.
+        listed: What the files beside it are called, for a hint.
+        error: Raised where it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        problem, hint = "there is no such file", _siblings(path, listed)
+    except IsADirectoryError:
+        problem = f"this is a folder; expected a {expected}"
+        hint = _siblings(path / "x", listed)
+    except OSError as cause:
+        problem, hint = f"cannot be read: {cause.strerror}", None
+    raise error(problem, hint=hint, file=str(path))
+
+
+def _siblings(path: Path, listed: str) -> str:
+    """The YAML files beside a path that is none."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    names = sorted(found.name for found in path.parent.glob("*.y*ml"))
+    return suggest(path.name, names) if names else f"no {listed} are in {path.parent}"
 
 
 def load(text: str, file: str) -> tuple[object, Mark]:

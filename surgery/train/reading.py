@@ -31,7 +31,8 @@ class Override:
 def load(path: Path, overrides: Sequence[str]) -> PretrainConfig:
     """Read a configuration file; see ``PretrainConfig.load``."""
     try:
-        data, start = yaml.load(yaml.decode(_read(path), str(path)), str(path))
+        content = yaml.read(path, "configuration file", "YAML files", ConfigError)
+        data, start = yaml.load(yaml.decode(content, str(path)), str(path))
     except RuleError as error:
         raised = _as_config_error(error)
     else:
@@ -202,26 +203,6 @@ def _branches(node: Mapping[str, Any], given: object) -> list[Mapping[str, Any]]
     rule = node["discriminator"]
     chosen = rule["mapping"].get(child(given, rule["propertyName"]))
     return [] if chosen is None else [{"$ref": chosen}]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(yaml.MAX_BYTES + 1)
-    except FileNotFoundError:
-        problem, hint = "there is no such file", _siblings(path)
-    except IsADirectoryError:
-        problem, hint = "this is a folder; expected a configuration file", _siblings(path / "x")
-    except OSError as error:
-        problem, hint = f"cannot be read: {error.strerror}", None
-    raise ConfigError(problem, hint=hint, file=str(path))
-
-
-def _siblings(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either"
-    names = sorted(found.name for found in path.parent.glob("*.y*ml"))
-    return suggest(path.name, names) if names else f"no YAML files are in {path.parent}"
 
 
 def _as_config_error(error: RuleError) -> ConfigError:
