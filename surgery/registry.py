@@ -95,4 +95,16 @@ TOPOLOGIES = Registry(
         "static": "architectures.shortcuts.static:Static",
     },
 )
+STEP_RULES = Registry(
+    "surgery.step_rules",
+    "step rule",
+    {
+        "altlora": "surgery.optim.altlora:AltLoRA",
+        "lora-pro": "surgery.optim.lora_pro:LoRAPro",
+        "nora-plus": "surgery.optim.nora_plus:NoRAPlus",
+        "reflora": "surgery.optim.reflora:RefLoRA",
+        "reflora-s": "surgery.optim.reflora_s:RefLoRAS",
+        "scalora": "surgery.optim.scalora:ScaLoRA",
+    },
+)
 FORMATS = Registry("surgery.formats", "format", {})
