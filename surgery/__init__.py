@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         SurgeryError,
         TrainingError,
     )
+    from surgery.exporting import Exported, export
     from surgery.inspection import Inspection, inspect
     from surgery.passes.freeze import Freeze
     from surgery.passes.lowrank import LowRank
@@ -80,6 +81,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "SurgeryError",
         "TrainingError",
     ),
+    "surgery.exporting": ("Exported", "export"),
     "surgery.inspection": ("Inspection", "inspect"),
     "surgery.passes.freeze": ("Freeze",),
     "surgery.passes.lowrank": ("LowRank",),
@@ -116,6 +118,7 @@ __all__ = [
     "DataError",
     "Example",
     "ExportError",
+    "Exported",
     "Freeze",
     "Inspection",
     "Layers",
@@ -141,6 +144,7 @@ __all__ = [
     "adapters",
     "apply",
     "capture",
+    "export",
     "inspect",
     "load",
     "parameter_groups",

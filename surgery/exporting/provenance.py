@@ -1,0 +1,140 @@
+"""``surgery.json`` of an export: what it was made of, by which versions, and what it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from surgery.errors import ExportError
+
+FORMAT = 1
+NAME = "surgery.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class File(_Part):
+    """One file of the export."""
+
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class Provenance(_Part):
+    """Everything an export says about itself.
+
+    Attributes:
+        format: Version of this layout.
+        kind: ``export``; a folder of ``surgery.save`` says ``model`` or ``adapter``.
+        export: Name of the export format.
+        options: The options it was written with.
+        versions: Versions of this library, of torch and of the packages involved.
+        model_class: Dotted name of the model's stock class.
+        source: How to rebuild the stock model; None for a class of the user's own.
+        recipes: Every recipe that was applied, in order.
+        tensors: SHA-256 of each tensor of the model that was exported (dtype, shape, bytes).
+        files: Every other file of the folder.
+        agreement: How far the export's outputs were from the model's.
+    """
+
+    format: Literal[1] = FORMAT
+    kind: Literal["export"] = "export"
+    export: str
+    options: dict[str, Any]
+    versions: dict[str, str]
+    model_class: str
+    source: dict[str, Any] | None
+    recipes: list[dict[str, Any]]
+    tensors: dict[str, Sha256]
+    files: dict[str, File]
+    agreement: dict[str, Any]
+
+
+def files_of(folder: Path) -> dict[str, File]:
+    """Size and SHA-256 of every file of a folder but ``surgery.json``."""
+    return {
+        path.name: File(bytes=path.stat().st_size, sha256=_sha256(path))
+        for path in sorted(folder.iterdir())
+        if path.name != NAME
+    }
+
+
+def write(folder: Path, provenance: Provenance) -> None:
+    """Write ``surgery.json``; the last field is a checksum of all others."""
+    data = provenance.model_dump(mode="json")
+    data["checksum"] = checksum(data)
+    (folder / NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Provenance:
+    """The provenance of an export.
+
+    Raises:
+        ExportError: the folder holds none, or it was changed after it was written.
+    """
+    path = folder / NAME
+    try:
+        data: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ExportError(f"{folder} has no {NAME}, so surgery.export did not write it") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is damaged: {error}") from None
+    if not isinstance(data, dict) or data.get("kind") != "export":  # pyright: ignore[reportUnknownMemberType]
+        raise ExportError(f"{path} is not that of an export")
+    told: Any = data.pop("checksum", None)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if told != checksum(data):  # pyright: ignore[reportUnknownArgumentType]
+        raise ExportError(f"{path} was changed after it was written: its checksum does not fit")
+    try:
+        return Provenance.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ExportError(f"{path} is damaged: {where}: {first['msg']}") from None
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise unless everything in a folder was written by an export.
+
+    Raises:
+        ExportError: it holds something else, which replacing the folder would delete.
+    """
+    present = {each.name for each in folder.iterdir()}
+    try:
+        known = {NAME, *read(folder).files}
+    except ExportError as error:
+        raise ExportError(
+            f"{folder} holds {_some(present)} and no export: {error.message}",
+            hint="export to a new or an empty folder",
+        ) from None
+    foreign = present - known
+    if foreign:
+        raise ExportError(
+            f"{folder} holds {_some(foreign)} besides an export, which exporting to it again "
+            "would delete",
+            hint="move it away, or export to another folder",
+        )
+
+
+def checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able data in one canonical spelling."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _some(names: set[str]) -> str:
+    listed = ", ".join(sorted(names)[:4])
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"
