@@ -23,7 +23,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import SurgeryError
 
 #: Exit codes beside those of the error classes.
@@ -64,7 +64,7 @@ class Session:
 
     def write_json(self, path: Path, data: Any) -> None:
         """Write ``data`` to a file as JSON."""
-        path.write_text(_as_json(data) + "\n", encoding="utf-8")
+        files.write(path, _as_json(data) + "\n")
 
     def note(self, text: str) -> None:
         """Say what happened, unless asked to be quiet."""

@@ -55,17 +55,19 @@ class Experiment:
     Attributes:
         title: Heading on the page.
         config: A shipped configuration.
+        steps: Of every run; None for those of the configuration.
     """
 
     title: str
     config: str
+    steps: int | None = None
 
 
 EXPERIMENTS = {
     "llama": Experiment("LLaMA tiny on the source of the standard library", "llama-tiny"),
     "resnet": Experiment("ResNet-56 on handwritten digits", "resnet-56-digits"),
     "mlp": Experiment("Residual MLP of 64 layers on handwritten digits", "mlp-64"),
-    "dit": Experiment("DiT tiny on handwritten digits", "dit-tiny"),
+    "dit": Experiment("DiT tiny on handwritten digits", "dit-tiny", steps=750),
 }
 #: Options of the pass `shortcuts`; None leaves the model as it is.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -74,6 +76,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "ancre-outgoing": {"topology": "ancre", "normalization": "outgoing"},
     "constant": {"topology": "ancre", "parameterization": "constant"},
     "denseformer": {"topology": "denseformer"},
+    "ancre-replace": {"topology": "ancre", "scope": "residual", "mode": "replace"},
 }
 
 
@@ -216,7 +219,7 @@ def configuration(
     shipped = ROOT / "configs" / "pretrain" / f"{EXPERIMENTS[name].config}.yaml"
     data = PretrainConfig.load(shipped).dump()
     options = VARIANTS[variant]
-    count = steps or data["train"]["steps"]
+    count = steps or EXPERIMENTS[name].steps or data["train"]["steps"]
     data["name"], data["seed"] = f"{name}-{variant}", seed
     data["rules"] = None if options is None else recipe(variant, options)
     data["objective"].pop("sample", None)
@@ -459,7 +462,10 @@ more. The authors' results (arXiv 2602.09009) are for models of 60 million param
 
 - **Variants.** `baseline` is the model as it is. `ancre` and `ancre-outgoing` learn their
   coefficients, `constant` is `ancre` with coefficients that stay equal, `denseformer` averages over
-  the depth (arXiv 2402.02622). See [residual connections](shortcuts.md).
+  the depth (arXiv 2402.02622). `ancre` as its authors define it adds the learned sum to blocks that
+  keep their own shortcuts, so that states grow from block to block unless the model normalises what
+  enters a block; `ancre-replace`, which is ours, puts the learned sum in the place of the shortcuts.
+  See [residual connections](shortcuts.md).
 - **Budget.** All variants of a model see the same samples in the same order for the same number of
   steps. Within a seed they differ in their residual connections only.
 - **Learning rate.** From a small grid, the configuration's own rate times {grid}, searched with a

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Annotated, Any, ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import AfterValidator, Field, InstanceOf, PlainValidator
 
+from surgery import files
 from surgery.errors import RuleError
 from surgery.registry import suggest
 from surgery.rules import document, migrate, yaml
@@ -188,17 +188,10 @@ class Recipe:
             RuleError: the folder does not exist or cannot be written to.
         """
         target = FilePath(path)
-        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(self.to_yaml())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
+            files.write(target, self.to_yaml())
         except OSError as error:
             raise RuleError(f"cannot be written: {error.strerror}", file=str(target)) from error
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def _build(rule: document.RuleDocument) -> Rule:

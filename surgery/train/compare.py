@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from surgery import files
 from surgery.errors import ConfigError, TrainingError
-from surgery.train.views.canvas import write_whole
 from surgery.train.views.equal import Saving, savings
 from surgery.train.views.runs import CONFIG, Group, Record, read_run
 
@@ -311,7 +311,7 @@ def train_once(config: PretrainConfig, folder: Path, run: Runner) -> None:
     peak = run(config, folder)
     if engine.main_process():
         found = {"peak_memory": peak if whole else None, "load": os.getloadavg()[1]}
-        write_whole(folder / MEASURED, json.dumps(found).encode() + b"\n")
+        files.write(folder / MEASURED, json.dumps(found) + "\n")
 
 
 def report(folders: Mapping[str, Mapping[int, Path]], out: Path) -> Comparison:
@@ -566,8 +566,8 @@ def _write(result: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> Non
     from surgery.train.views import canvas, losses
 
     text = json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n"
-    write_whole(result.out / RESULT_JSON, text.encode())
-    write_whole(result.out / RESULT_MARKDOWN, result.to_markdown().encode())
+    files.write(result.out / RESULT_JSON, text)
+    files.write(result.out / RESULT_MARKDOWN, result.to_markdown())
     together = [
         Group(name, tuple(read_run(path) for path in paths.values()))
         for name, paths in folders.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from surgery import progress
+from surgery import files, progress
 from surgery.checkpoints import save
 from surgery.errors import TrainingError
 from surgery.passes.streams import shortcuts
@@ -158,9 +157,7 @@ def _start(config: PretrainConfig, out: Path, *, resume: bool) -> Path | None:
 
 
 def _write_config(config: PretrainConfig, out: Path) -> None:
-    beside = out / f".{CONFIG}.{secrets.token_hex(4)}"
-    beside.write_text(config.to_yaml(), encoding="utf-8")
-    beside.replace(out / CONFIG)
+    files.write(out / CONFIG, config.to_yaml())
 
 
 def _assembled(

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data.base import Data, Place, need
 from surgery.train.data.configs import LatentData
@@ -363,15 +362,9 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all."""
-    work = path.with_name(f".{path.name}.writing")
     try:
-        with work.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        work.replace(path)
+        files.write(path, data)
     except OSError as error:
-        work.unlink(missing_ok=True)
         raise DataError(
             f"{path} cannot be written ({len(data)} bytes): {error.strerror}",
             hint="the files before it are complete; the next start goes on from there",

@@ -19,7 +19,7 @@ from typing import cast
 
 import numpy as np
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data import shards
 from surgery.train.data.shards import Index, Shard, Split, TokenizerEntry
@@ -174,7 +174,7 @@ class Maker:
             raise DataError(
                 f"{folder} is not empty and holds no tokens", hint="choose another folder"
             )
-        shards.write_beside(plan, json.dumps({"key": self.key}).encode())
+        files.write(plan, json.dumps({"key": self.key}))
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
         place = folder / TOKENIZER

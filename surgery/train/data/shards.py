@@ -15,8 +15,6 @@ shard of another folder is known at sight.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data.configs import Count, Name, Section
 
@@ -231,7 +229,7 @@ def read_index(folder: Path) -> Index:
 def write_index(folder: Path, index: Index) -> None:
     """Write the index in one step; the folder is whole from then on."""
     text = json.dumps(index.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    write_beside(folder / INDEX, text.encode("utf-8"))
+    files.write(folder / INDEX, text)
 
 
 def write_shard(path: Path, tokens: Sequence[Array], key: str, dtype: Dtype) -> Shard:
@@ -249,7 +247,7 @@ def write_shard(path: Path, tokens: Sequence[Array], key: str, dtype: Dtype) -> 
         _MAGIC, VERSION, np.dtype(dtype).itemsize, bytes.fromhex(key), len(joined)
     )
     content = header + plain
-    write_beside(path, content)
+    files.write(path, content)
     return Shard(file=path.name, tokens=len(joined), sha256=sha256(content).hexdigest())
 
 
@@ -314,20 +312,6 @@ def verify(folder: Path, index: Index) -> None:
                 f"{shard.sha256}",
                 hint=_AGAIN,
             )
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it there."""
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with new.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
 
 
 def _check_format(path: Path, data: object) -> None:

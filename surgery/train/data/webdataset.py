@@ -20,7 +20,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data import images
 from surgery.train.data.base import Data, Facts, need
@@ -469,22 +468,14 @@ def _read_index(path: Path, shards: tuple[Path, ...], made_of: str) -> Table | N
 def _write_index(path: Path, table: Table, made_of: str) -> None:
     """Write the table beside its place, then rename: another rank may be writing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            np.savez(
-                file,
-                made_of=np.array(made_of),
-                shard=table.shard,
-                start=table.start,
-                size=table.size,
-                label=table.label,
-                key=table.key,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    # savez would put ".npz" behind a path; an open file keeps its name.
+    with files.beside(path) as work, work.open("wb") as file:
+        np.savez(
+            file,
+            made_of=np.array(made_of),
+            shard=table.shard,
+            start=table.start,
+            size=table.size,
+            label=table.label,
+            key=table.key,
+        )

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from surgery import files
 from surgery.errors import TrainingError
 
 # matplotlib leaves its keyword arguments untyped; the names say what is meant.
@@ -68,15 +69,8 @@ def save(figure: Figure, path: Path) -> Path:
     # Without the date, drawing the same run twice gives the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(held, format=path.suffix[1:], metadata=metadata)
-    write_whole(path, held.getvalue())
+    files.write(path, held.getvalue())
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that no half of a file is ever seen."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_bytes(content)
-    beside.replace(path)
 
 
 def line_look(index: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from surgery.train.views.canvas import Array, write_whole
+from surgery import files
+from surgery.train.views.canvas import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +49,7 @@ def write(pictures: Sequence[Array], path: Path) -> Path:
         first.save(
             held, "GIF", save_all=True, append_images=rest, duration=times, loop=0, disposal=1
         )
-    write_whole(path, held.getvalue())
+    files.write(path, held.getvalue())
     return path
 
 

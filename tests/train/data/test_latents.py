@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from surgery import progress
+from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data import latent_cache, open_data, training_loader
 from surgery.train.data.base import Place, Samples
@@ -293,7 +293,7 @@ def test_a_full_disk_keeps_what_is_complete(cached: LatentData, tmp_path: Path, 
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(handle)
 
-    monkeypatch.setattr(latent_cache.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(DataError, match=r"train-00002.* \(\d+ bytes\): No space left on device"):
         open_data(config, seed=0)
     assert sorted(contents(tmp_path)) == [
