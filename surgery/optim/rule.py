@@ -49,15 +49,18 @@ class Factors:
         A: ``(*stack, rank, in)``.
         B: ``(*stack, out, rank)``.
         scaling: Factor of ``B A``.
-        fold: Adds a change ``(*stack, out, in)`` to the frozen base weight, in place; None where
-            the rule leaves the base alone (``StepRule.folds``).
+        fold: Adds a change ``(*stack, out, in)`` to the frozen base weight, in place, rounding
+            once, and returns what rounding lost of it, in the dtype of the change; None where the
+            rule leaves the base alone (``StepRule.folds``).
+        base_dtype: Dtype of the base weight where there is a ``fold``.
     """
 
     name: str
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
-    fold: Callable[[Tensor], None] | None = None
+    fold: Callable[[Tensor], Tensor] | None = None
+    base_dtype: torch.dtype | None = None
 
     @property
     def rank(self) -> int:
