@@ -17,7 +17,13 @@ from surgery.tree import named_parameters
 _lock = threading.RLock()
 
 
-def carry_out(model: nn.Module, operation: Operation, passes: Mapping[str, Pass]) -> None:
+def carry_out(
+    model: nn.Module,
+    operation: Operation,
+    passes: Mapping[str, Pass],
+    *,
+    values_follow: bool = False,
+) -> None:
     """Apply an operation's edits in order and log it; undo all of them if one fails.
 
     Args:
@@ -25,9 +31,11 @@ def carry_out(model: nn.Module, operation: Operation, passes: Mapping[str, Pass]
         operation: What to do, from a plan or from a saved log. ``frozen`` and ``kept`` are
             filled in.
         passes: Rule id → the pass that does it.
+        values_follow: Whether every tensor gets its value afterwards, from a checkpoint.
     """
     with _lock:
-        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        seed = int(operation.recipe["seed"])
+        context = ApplyContext(seed, operation.kept, values_follow=values_follow)
         takebacks: list[Callable[[], None]] = []
         try:
             for edit in operation.edits:
@@ -44,8 +52,13 @@ def carry_out(model: nn.Module, operation: Operation, passes: Mapping[str, Pass]
         set_record(model, Record([*earlier.operations, operation]))
 
 
-def repeat(model: nn.Module, record: Record) -> None:
+def repeat(model: nn.Module, record: Record, *, values_follow: bool = False) -> None:
     """Do again, on a model built anew, everything an edit log says was done.
+
+    Args:
+        model: A model as it was built.
+        record: The log.
+        values_follow: Whether every tensor gets its value afterwards, from a checkpoint.
 
     Raises:
         ModelStateError: the model has an edit log already.
@@ -57,11 +70,24 @@ def repeat(model: nn.Module, record: Record) -> None:
         )
     for operation in record.operations:
         passes = passes_of(operation)
-        carry_out(model, Operation(operation.recipe, operation.edits), passes)
+        again = Operation(operation.recipe, operation.edits)
+        carry_out(model, again, passes, values_follow=values_follow)
         context = ApplyContext(int(operation.recipe["seed"]))
         for index, state in operation.state.items():
             edit = operation.edits[int(index)]
             passes[edit.rule].resume(model, edit, state, context)
+
+
+def settle(model: nn.Module) -> None:
+    """Change the stock tensors as applying did, from the values of what was inserted.
+
+    For an adapter that was saved alone, loaded beside its stock weights.
+    """
+    for operation in (record_of(model) or Record()).operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        for edit in operation.edits:
+            passes[edit.rule].settle(model, edit, context)
 
 
 def note_state(model: nn.Module, record: Record) -> None:

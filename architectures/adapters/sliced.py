@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -33,16 +33,56 @@ class Sliced(Adapter):
             self.add_module(name, adapter)
             self.scaling = adapter.scaling
             self.dropout = adapter.dropout
+        begins = any(adapter.beginning is not None for _, adapter in parts.values())
+        # In a tuple: it is no child, its tensors are those of the slices.
+        self._begun = (_Beginnings(self),) if begins else ()
+
+    @property
+    def beginning(self) -> Adapter | None:
+        """What was taken out of the weight at the start, as an adapter; None if nothing was."""
+        return self._begun[0] if self._begun else None
+
+    @property
+    def parts(self) -> dict[str, tuple[Ranges, Method]]:
+        """Slice name → (its rows, its adapter)."""
+        return {
+            name: (ranges, cast("Method", self.get_submodule(name)))
+            for name, ranges in self.ranges.items()
+        }
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``A`` (slices · rank, columns) and ``B`` (rows, slices · rank)."""
-        As: list[Tensor] = []
-        Bs: list[Tensor] = []
-        for name, ranges in self.ranges.items():
-            A, B = cast("Method", self.get_submodule(name)).factors()
-            As.append(A)
-            Bs.append(_spread(B, ranges, self.rows))
-        return torch.cat(As), torch.cat(Bs, dim=1)
+        return _stacked(self.parts.values(), self.rows)
+
+
+class _Beginnings(Adapter):
+    """What the slices took out of their rows at the start."""
+
+    def __init__(self, sliced: Sliced) -> None:
+        super().__init__()
+        self.scaling = sliced.scaling
+        self.dropout = 0.0
+        self._of = (sliced,)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A₀`` (slices · rank, columns) and ``B₀`` (rows, slices · rank)."""
+        sliced = self._of[0]
+        begun = [
+            (ranges, adapter.beginning)
+            for ranges, adapter in sliced.parts.values()
+            if adapter.beginning is not None
+        ]
+        return _stacked(begun, sliced.rows)
+
+
+def _stacked(parts: Iterable[tuple[Ranges, Adapter]], rows: int) -> tuple[Tensor, Tensor]:
+    As: list[Tensor] = []
+    Bs: list[Tensor] = []
+    for ranges, adapter in parts:
+        A, B = adapter.factors()
+        As.append(A)
+        Bs.append(_spread(B, ranges, rows))
+    return torch.cat(As), torch.cat(Bs, dim=1)
 
 
 def _spread(B: Tensor, ranges: Ranges, rows: int) -> Tensor:

@@ -15,7 +15,7 @@ from surgery.checkpoints import base_weights, generation, manifest, tensorfile
 from surgery.checkpoints.inventory import Place, is_dense, places, take
 from surgery.checkpoints.manifest import Manifest, TensorEntry
 from surgery.checkpoints.swap import recover
-from surgery.editing import repeat, undo
+from surgery.editing import repeat, settle, undo
 from surgery.errors import CheckpointError, ModelStateError, SourceError
 from surgery.record import Record, record_of, set_record
 from surgery.sources import rebuild
@@ -70,6 +70,8 @@ def restore(
     _rewrite(path, saved, record, target)
     if device is None or torch.device(device).type != "meta":
         _load(path, saved, target)
+        if saved.kind == "adapter":
+            settle(target)
     _put_back(path, saved, record, target)
     return target
 
@@ -105,7 +107,7 @@ def _rewrite(path: Path, saved: Manifest, record: Record, model: nn.Module) -> N
     if saved.kind == "model":
         _check_fit(path, _expected(saved, without=inserted), model)
     try:
-        repeat(model, record)
+        repeat(model, record, values_follow=True)
         _check_fit(path, _expected(saved, without=()), model, partial=saved.kind == "adapter")
     except (*_MISFIT, CheckpointError) as error:
         if record_of(model) is not None:

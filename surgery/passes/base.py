@@ -54,11 +54,14 @@ class ApplyContext:
         seed: The recipe's seed.
         kept: Copies of stock tensors the pass changes, by full name (``keep_base: memory``).
         shared: What a pass wants to share among the edits of one application.
+        values_follow: Whether every tensor gets its value afterwards, from a checkpoint: what is
+            inserted needs no first values then, and stock tensors are left alone.
     """
 
     seed: int
     kept: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    values_follow: bool = False
     _modules: dict[int, dict[str, nn.Module]] = field(default_factory=dict[int, Any])
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
@@ -151,6 +154,13 @@ class Pass(ABC):
         self, model: nn.Module, edit: Edit, state: Mapping[str, Any], context: ApplyContext
     ) -> None:
         """Switch an edit that was just applied as ``state`` said."""
+        return
+
+    def settle(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Change the stock tensors as ``apply`` does, from the values of what it inserted.
+
+        Asked for when an adapter that was saved alone has been loaded beside its stock weights.
+        """
         return
 
     def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal, cast
 
+import pydantic
+import pydantic.dataclasses
 import torch
-from pydantic import AfterValidator, Field
-from torch import nn
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from torch import Tensor, nn
 
 from architectures.adapters import Adapter, Matrix, Method, Ranges, Sliced
 from surgery.capture.graft import check_graftable, grafts
@@ -34,10 +44,31 @@ from surgery.passes.hosts import (
 from surgery.record import Contract, Edit, Record, TensorSpec, record_of
 from surgery.registry import ADAPTERS, suggest
 from surgery.rules import invalid, options
+from surgery.rules.explain import Problem
+from surgery.rules.strict import option_names, problem_error
 from surgery.select import Match, Site
 from surgery.tree import named_modules, named_parameters, own_parameters
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+def method_named(name: str) -> type[Method]:
+    """The class of a registered method.
+
+    Raises:
+        RuleError: there is none.
+    """
+    return cast("type[Method]", ADAPTERS.get(name))
+
+
+#: What is promised of a model whose weights were split into factors and a rest: each is rounded
+#: to the weight's dtype, and the outputs move by that much in every layer.
+_CLOSE = {
+    torch.float64: Contract("close", rtol=1e-9, atol=1e-9),
+    torch.float32: Contract("close", rtol=1e-3, atol=1e-4),
+    torch.float16: Contract("close", rtol=2e-2, atol=2e-2),
+    torch.bfloat16: Contract("close", rtol=1e-1, atol=1e-1),
+}
 _BANK = Bank(Matrix((), (), 0, 0), Family(), parameter="", trained=False, keep_base="none")
 _RESERVED = frozenset({*dir(Bank), *vars(_BANK)})
 
@@ -46,6 +77,25 @@ def _known_method(name: str) -> str:
     if name not in ADAPTERS.names():
         raise invalid(f"unknown method {name!r}", hint=suggest(name, ADAPTERS.names()))
     return name
+
+
+def _completed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method, those that were not given at their defaults."""
+    known = method_named(method).Options
+    names = option_names(known)
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        hint = suggest(unknown[0], names) if names else f"method {method!r} has no options"
+        message = f"method {method!r} has no option {unknown[0]!r}"
+        raise problem_error(Problem((unknown[0],), message, hint, at_key=True))
+    return dataclasses.asdict(_checked(known)(**given))
+
+
+@functools.cache
+def _checked(known: type) -> Callable[..., Any]:
+    """A twin of a dataclass that checks its fields strictly. The class itself stays plain."""
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return pydantic.dataclasses.dataclass(known, frozen=True, config=config)
 
 
 def _adapter_name(name: str) -> str:
@@ -81,10 +131,12 @@ class LowRank(Pass):
         dtype: Of the new tensors, such as ``float32`` beside a bfloat16 weight; that of the
             weight by default.
         keep_base: What undoing a change of the weight itself (a merge, or a method that changes
-            it) is done from: a copy in ``memory``, or ``none``, which makes undo inexact or
-            impossible.
+            it) is done from: a copy in ``memory``, the ``source`` that the model was loaded from,
+            or ``none``, which makes undo inexact or impossible.
         freeze: What stops requiring gradients: every parameter of the ``model`` that no rewrite
             added, those of the adapted ``sites``, or ``none``.
+        options: Options of the method's own, such as ``{warmup: 100}``; docs/methods.md lists
+            them.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -98,8 +150,22 @@ class LowRank(Pass):
     adapter: Annotated[str, AfterValidator(_adapter_name)] = "default"
     slices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
-    keep_base: Literal["memory", "none"] = "memory"
+    keep_base: Literal["memory", "source", "none"] = "memory"
     freeze: Literal["model", "sites", "none"] = "model"
+    # Validated when it is a default too: a rule is written back with every option of its method.
+    options: Mapping[str, Any] = Field(default_factory=dict[str, Any], validate_default=True)
+
+    @field_validator("options")
+    @classmethod
+    def _complete_options(cls, value: Mapping[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Every option of the method. Skipped where there is no such method."""
+        method = info.data.get("method")
+        return dict(value) if method is None else _completed(method, value)
+
+    @property
+    def made_with(self) -> Any:
+        """The method's own options, as an instance of its ``Options``."""
+        return method_named(self.method).Options(**self.options)
 
     @property
     def factor(self) -> float:
@@ -205,6 +271,24 @@ class LowRank(Pass):
         for module, place in zip(modules, places, strict=True):
             detach(module, place)
 
+    def settle(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Take out of the weight what the adapter started from; its factors are loaded."""
+        if not method_named(self.method).changes_base(self.made_with):
+            return
+        place = _places(edit)[0]
+        module = context.module(model, place.path)
+        weight = own_parameters(module).get(place.parameter)
+        bank = cast("Bank", bank_of(module, place.parameter))
+        if weight is None or bank.merged is not None:
+            return
+        self._keep(edit, weight, context)
+        adapter = bank.adapters[self.adapter]
+        parts = adapter.parts.values() if isinstance(adapter, Sliced) else ((None, adapter),)
+        methods = [cast("Method", method) for _, method in parts]
+        rows = _rows_of(weight, edit)
+        left = [m.without_beginning(base) for m, base in zip(methods, rows, strict=True)]
+        _write_rows(weight, edit, left)
+
     def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any]:
         """The adapter's share in what is active, and in what is merged if anything is."""
         place = _places(edit)[0]
@@ -238,8 +322,9 @@ class LowRank(Pass):
 
     def _edit(self, site: Site, uses: tuple[Use, ...], context: PlanContext) -> Edit:
         hosting = uses[0].hosting
-        method = cast("type[Method]", ADAPTERS.get(self.method))
-        self._check(site, uses, method)
+        method, made_with = method_named(self.method), self.made_with
+        changes = method.changes_base(made_with)
+        self._check(site, uses)
         slices = self._slices(site, context)
         dtype = self.dtype or str(hosting.dtype).removeprefix("torch.")
         weight = _join(uses[0].path, hosting.parameter)
@@ -250,6 +335,8 @@ class LowRank(Pass):
             self._check_rank(site, matrix)
             for tensor, shape in method.tensors(matrix, self.rank).items():
                 adds[f"{name}.{tensor}"] = TensorSpec(shape, dtype)
+            for tensor, shape in method.constants(matrix, self.rank, made_with).items():
+                adds[f"{name}.{tensor}"] = TensorSpec(shape, dtype, trainable=False)
         return Edit(
             rule=context.rule,
             pass_name=self.name,
@@ -257,7 +344,7 @@ class LowRank(Pass):
             summary=self._summary(),
             adds=adds,
             uses={weight: "extend", prefix: "replace"},
-            contract=Contract("exact"),
+            contract=_CLOSE[hosting.dtype] if changes else Contract("exact"),
             payload={
                 "prefix": prefix,
                 "places": [
@@ -268,11 +355,18 @@ class LowRank(Pass):
                 "slices": {name: [list(pair) for pair in pairs] for name, pairs in slices.items()},
             },
             notes=self._notes(site, uses),
-            reversible=self.keep_base == "memory" or not method.changes_weight,
+            reversible=self.keep_base != "none" or not (changes or method.folds_weight),
         )
 
-    def _check(self, site: Site, uses: tuple[Use, ...], method: type[Method]) -> None:
+    def _check(self, site: Site, uses: tuple[Use, ...]) -> None:
         """Raise if an option does not suit one of the uses of the site's weight."""
+        method, made_with = method_named(self.method), self.made_with
+        if self.init != "kaiming" and self.init not in method.inits:
+            raise RuleError(
+                f"method {self.method!r} does not draw its factors, so init: {self.init} means "
+                "nothing to it",
+                hint="leave init out",
+            )
         for use in uses:
             check_free(use.module, use.path)
             if self.dropout and not use.hosting.takes_dropout:
@@ -281,9 +375,9 @@ class LowRank(Pass):
                     f"dropout {self.dropout:g} could drop",
                     hint="give this site a rule of its own with dropout: 0",
                 )
-            if (method.reads_weight or method.scales_rows) and not use.hosting.readable:
+            if not use.hosting.readable and (how := _touches(method, made_with)):
                 raise RuleError(
-                    f"method {self.method!r} reads the weight, and that of {_label(use)} is "
+                    f"method {self.method!r} {how} the weight, and that of {_label(use)} is "
                     "quantised or parametrised",
                     hint="use a method that does not, such as lora",
                 )
@@ -293,8 +387,8 @@ class LowRank(Pass):
                     f"({_label(use)}) does not support",
                     hint="leave embeddings out with except:, or use method: lora",
                 )
-        if self.slices and (method.scales_rows or uses[0].hosting.matrix.stack):
-            raise RuleError(f"{site.path} cannot be adapted by slices with {self.method!r}")
+        if self.slices and uses[0].hosting.matrix.stack:
+            raise RuleError(f"{site.path} holds a stack of matrices, which has no slices")
 
     def _check_rank(self, site: Site, matrix: Matrix) -> None:
         if self.rank > matrix.max_rank:
@@ -337,12 +431,23 @@ class LowRank(Pass):
         return tuple(notes)
 
     def _build(self, edit: Edit, module: nn.Module, context: ApplyContext) -> Adapter:
-        """The adapter of an edit, with its first values."""
+        """The adapter of an edit, with its first values unless they follow."""
+        weight = own_parameters(module).get(_places(edit)[0].parameter)
         slices = _slices_of(edit)
         made = {
-            name: self._start(name, matrix, edit, module, context)
+            name: method_named(self.method)(
+                matrix,
+                rank=self.rank,
+                scaling=self.factor,
+                dropout=self.dropout,
+                options=self.made_with,
+                device=_device(module, weight),
+                dtype=getattr(torch, edit.payload["dtype"]),
+            )
             for name, matrix in _parts(edit.payload["prefix"], _matrix_of(edit), slices)
         }
+        if not context.values_follow:
+            self._start(edit, made, weight, context)
         if not slices:
             return next(iter(made.values()))
         parts = {
@@ -352,27 +457,83 @@ class LowRank(Pass):
         return Sliced(parts, _matrix_of(edit).rows)
 
     def _start(
-        self, name: str, matrix: Matrix, edit: Edit, module: nn.Module, context: ApplyContext
-    ) -> Method:
-        method = cast("type[Method]", ADAPTERS.get(self.method))
+        self,
+        edit: Edit,
+        made: Mapping[str, Method],
+        weight: nn.Parameter | None,
+        context: ApplyContext,
+    ) -> None:
+        """Give the tensors of an edit their first values, and the weight what is left of it."""
+        method, made_with = method_named(self.method), self.made_with
+        changes = method.changes_base(made_with)
+        reads = weight is not None and bool(_touches(method, made_with))
+        bases = _rows_of(weight, edit) if weight is not None and reads else [None] * len(made)
+        left: list[Tensor] = []
+        for (name, adapter), base in zip(made.items(), bases, strict=True):
+            with context.generator(name) as generator:
+                rest = _told_of(edit, adapter.start, self.init, generator, base)
+            if rest is not None:
+                left.append(rest)
+        if weight is None or weight.is_meta:
+            return
+        if changes or method.folds_weight:
+            self._keep(edit, weight, context)
+        if changes:
+            _write_rows(weight, edit, left)
+
+    def _keep(self, edit: Edit, weight: nn.Parameter, context: ApplyContext) -> None:
+        """Copy the weight for undo, unless an edit of this application has already."""
         place = _places(edit)[0]
-        weight = own_parameters(module).get(place.parameter)
-        made = method(
-            matrix,
-            rank=self.rank,
-            scaling=self.factor,
-            dropout=self.dropout,
-            device=_device(module, weight),
-            dtype=getattr(torch, edit.payload["dtype"]),
-        )
-        base = None if weight is None or not method.reads_weight else matrix.fold(weight.detach())
-        with context.generator(name) as generator:
-            changed = made.start(self.init, generator, base)
-        if changed is not None and weight is not None:
-            if self.keep_base == "memory":
-                context.kept[_join(place.path, place.parameter)] = weight.detach().clone()
-            weight.data.copy_(matrix.unfold(changed))
-        return made
+        name = _join(place.path, place.parameter)
+        if self.keep_base == "memory" and name not in context.kept:
+            context.kept[name] = weight.detach().clone()
+
+
+def _touches(method: type[Method], made_with: Any) -> str:
+    """What a method does with the values of the weight, in a word; empty if nothing."""
+    if method.changes_base(made_with) or method.folds_weight:
+        return "changes"
+    return "reads" if method.reads_weight or method.scales_rows else ""
+
+
+def _told_of(edit: Edit, start: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """Call a method's ``start``; what it cannot start from is told with the site.
+
+    Raises:
+        ModelStateError: the weight does not suit the method.
+    """
+    try:
+        return start(*args)
+    except ValueError as error:
+        raise ModelStateError(
+            f"{edit.site} cannot start as {edit.summary}: {error}",
+            hint="repair the weight, leave the site out with except:, or use method: lora",
+        ) from error
+
+
+def _rows_of(weight: nn.Parameter, edit: Edit) -> list[Tensor]:
+    """The weight as a matrix; the rows of each slice where there are slices."""
+    folded = _matrix_of(edit).fold(weight.detach())
+    slices = _slices_of(edit)
+    if not slices:
+        return [folded]
+    return [torch.cat([folded[a:b] for a, b in ranges]) for ranges in slices.values()]
+
+
+@torch.no_grad()
+def _write_rows(weight: nn.Parameter, edit: Edit, values: Sequence[Tensor]) -> None:
+    """Put values that ``_rows_of`` would give into the weight."""
+    matrix, slices = _matrix_of(edit), _slices_of(edit)
+    if not slices:
+        weight.data.copy_(matrix.unfold(values[0]))
+        return
+    folded = matrix.fold(weight.data).clone()
+    for ranges, value in zip(slices.values(), values, strict=True):
+        taken = 0
+        for a, b in ranges:
+            folded[a:b] = value[taken : taken + b - a]
+            taken += b - a
+    weight.data.copy_(matrix.unfold(folded))
 
 
 def _join(path: str, name: str) -> str:
@@ -440,7 +601,7 @@ def _slices_of(edit: Edit) -> dict[str, Ranges]:
     return {name: tuple((a, b) for a, b in pairs) for name, pairs in slices.items()}
 
 
-def _device(module: nn.Module, weight: torch.Tensor | None) -> torch.device:
+def _device(module: nn.Module, weight: Tensor | None) -> torch.device:
     """Where the weight lives; of a packed one, where anything of its module does."""
     if weight is not None:
         return weight.device
@@ -457,7 +618,7 @@ def _family(model: nn.Module, context: ApplyContext) -> Family:
     return cast("Family", context.shared["family"])
 
 
-def _forget_kept(model: nn.Module, name: str) -> torch.Tensor:
+def _forget_kept(model: nn.Module, name: str) -> Tensor:
     """The copy of a stock weight that the edit log holds, removed from it."""
     operations = cast("Record", record_of(model)).operations
     return next(each.kept.pop(name) for each in operations if name in each.kept)

@@ -585,7 +585,7 @@ class Residual(LoRA):
         assert weight is not None
         self.lora_A.fill_(0.5)
         self.lora_B.fill_(0.25)
-        return weight - self.change(weight)
+        return self.rest(weight)
 
 
 @pytest.fixture
@@ -638,10 +638,10 @@ def test_method_that_scales_rows_refuses_an_embedding() -> None:
 
 
 @pytest.mark.usefixtures("methods")
-def test_method_that_reads_the_weight_refuses_a_parametrised_one() -> None:
+def test_method_that_changes_the_weight_refuses_a_parametrised_one() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
     parametrizations.weight_norm(model[0])
-    with pytest.raises(RuleError, match="reads the weight, and that of 0 is"):
+    with pytest.raises(RuleError, match="changes the weight, and that of 0 is"):
         surgery.plan(model, Rule(LowRank(rank=2, method="residual")))
 
 

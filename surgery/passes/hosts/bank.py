@@ -77,7 +77,7 @@ class Bank(nn.Module):
         family: Shared by all banks of a model.
         parameter: Name of the weight in the module that holds it.
         trained: Whether the weight required gradients when the bank was made.
-        keep_base: Whether merging keeps a copy of the weight in ``memory`` or ``none``.
+        keep_base: Whether merging keeps a copy of the weight: only with ``memory``.
 
     Attributes:
         active: What counts in a forward, unless the context says otherwise.
@@ -93,14 +93,14 @@ class Bank(nn.Module):
         *,
         parameter: str,
         trained: bool,
-        keep_base: Literal["memory", "none"],
+        keep_base: Literal["memory", "source", "none"],
     ) -> None:
         super().__init__()
         self.matrix = matrix
         self.family = family
         self.parameter = parameter
         self.trained = trained
-        self.keep_base: Literal["memory", "none"] = keep_base
+        self.keep_base: Literal["memory", "source", "none"] = keep_base
         self.active: Mix = ()
         self.merged: Mix | None = None
         self.copied = False
