@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,12 @@ from surgery.rules.explain import Problem
 from surgery.rules.strict import invalid, problem_error
 from surgery.train.data.configs import DataConfig
 from surgery.train.objectives.configs import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from surgery.train.finetune.config import FinetuneConfig
+
+    #: What a run can be configured by.
+    RunConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
 
 VERSION = 1
 
@@ -210,7 +216,82 @@ class LogConfig(Section):
     matrices: Count | None = 50
 
 
-class PretrainConfig(Section):
+class Configuration(Section):
+    """What pretraining and fine-tuning configurations have in common: reading, writing, rules."""
+
+    if TYPE_CHECKING:
+        # Declared where it is a field, so that sections are written in the order people expect.
+        rules: dict[str, Any] | None
+
+    @field_validator("rules", check_fields=False)
+    @classmethod
+    def _check_rules(cls, rules: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The recipe with every default written out."""
+        if rules is None:
+            return None
+        try:
+            return Recipe.parse(rules).dump()
+        except RuleError as error:
+            message, hint = error.message, error.hint
+        raise invalid(message, hint=hint)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        lines = [
+            InitErrorDetails(type=problem_error(problem), loc=(), input=None)
+            for problem in self.contradictions()
+        ]
+        if lines:
+            raise ValidationError.from_exception_data(type(self).__name__, lines)
+        return self
+
+    def contradictions(self) -> Iterator[Problem]:
+        """What does not go together where each section is in order."""
+        yield from ()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a configuration file.
+
+        Args:
+            path: A YAML file.
+            overrides: ``KEY=VALUE`` with dotted keys, such as ``train.steps=10``; values are
+                read as YAML.
+
+        Raises:
+            ConfigError: there is no such file, or something in it or in an override is wrong;
+                with line and column.
+        """
+        from surgery.train import reading
+
+        return reading.load(cls, Path(path), overrides)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """Build a configuration from plain data, such as ``dump`` returns.
+
+        Raises:
+            ConfigError: something in it is wrong.
+        """
+        from surgery.train import reading
+
+        return reading.parse(cls, data)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The rules, ready to be applied."""
+        return None if self.rules is None else Recipe.parse(self.rules)
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON-able data that ``parse`` reads back to an equal configuration."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """As a file that ``load`` reads back to an equal configuration, defaults written out."""
+        return yaml_text.dump(self.dump())
+
+
+class PretrainConfig(Configuration):
     """A training run.
 
     Attributes:
@@ -235,92 +316,13 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    @field_validator("rules")
-    @classmethod
-    def _check_rules(cls, rules: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The recipe with every default written out."""
-        if rules is None:
-            return None
-        try:
-            return Recipe.parse(rules).dump()
-        except RuleError as error:
-            message, hint = error.message, error.hint
-        raise invalid(message, hint=hint)
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        lines = [
-            InitErrorDetails(type=problem_error(problem), loc=(), input=None)
-            for problem in contradictions(self)
-        ]
-        if lines:
-            raise ValidationError.from_exception_data(type(self).__name__, lines)
-        return self
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-        """Read a configuration file.
-
-        Args:
-            path: A YAML file.
-            overrides: ``KEY=VALUE`` with dotted keys, such as ``train.steps=10``; values are
-                read as YAML.
-
-        Raises:
-            ConfigError: there is no such file, or something in it or in an override is wrong;
-                with line and column.
-        """
-        from surgery.train import reading
-
-        return reading.load(Path(path), overrides)
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> PretrainConfig:
-        """Build a configuration from plain data, such as ``dump`` returns.
-
-        Raises:
-            ConfigError: something in it is wrong.
-        """
-        from surgery.train import reading
-
-        return reading.parse(data)
-
-    @property
-    def recipe(self) -> Recipe | None:
-        """The rules, ready to be applied."""
-        return None if self.rules is None else Recipe.parse(self.rules)
-
-    def dump(self) -> dict[str, Any]:
-        """As JSON-able data that ``parse`` reads back to an equal configuration."""
-        return self.model_dump(mode="json")
-
-    def to_yaml(self) -> str:
-        """As a file that ``load`` reads back to an equal configuration, defaults written out."""
-        return yaml_text.dump(self.dump())
+    def contradictions(self) -> Iterator[Problem]:
+        """What does not go together where each section is in order."""
+        yield from _objective_problems(self)
+        yield from step_problems(self)
 
 
 LANGUAGE_DATA = ("text", "tokens", "stream")
-
-
-def contradictions(config: PretrainConfig) -> Iterator[Problem]:
-    """What does not go together in a configuration whose sections are each in order."""
-    yield from _objective_problems(config)
-    yield from _step_problems(config)
-    train, optim = config.train, config.optim
-    if optim.name == "galore" and train.parallel == "fsdp2":
-        yield Problem(
-            ("train", "parallel"),
-            "galore does not work with fsdp2: it projects whole gradients, and fsdp2 gives each "
-            "rank a shard of them",
-            "use parallel: ddp, or optim: {name: adamw}",
-        )
-    if config.model.dtype != "float32" and train.precision != "fp32":
-        yield Problem(
-            ("train", "precision"),
-            f"autocast to {train.precision} is for float32 weights, and model.dtype is "
-            f"{config.model.dtype}",
-            "leave one of the two at its default",
-        )
 
 
 def _objective_problems(config: PretrainConfig) -> Iterator[Problem]:
@@ -341,8 +343,23 @@ def _objective_problems(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem(loc, "latents are not classified", "use diffusion")
 
 
-def _step_problems(config: PretrainConfig) -> Iterator[Problem]:
-    train, schedule = config.train, config.schedule
+def step_problems(config: RunConfig) -> Iterator[Problem]:
+    """What does not go together in how a run steps, whatever it trains."""
+    train, schedule, optim = config.train, config.schedule, config.optim
+    if optim.name == "galore" and train.parallel == "fsdp2":
+        yield Problem(
+            ("train", "parallel"),
+            "galore does not work with fsdp2: it projects whole gradients, and fsdp2 gives each "
+            "rank a shard of them",
+            "use parallel: ddp, or optim: {name: adamw}",
+        )
+    if config.model.dtype != "float32" and train.precision != "fp32":
+        yield Problem(
+            ("train", "precision"),
+            f"autocast to {train.precision} is for float32 weights, and model.dtype is "
+            f"{config.model.dtype}",
+            "leave one of the two at its default",
+        )
     if schedule.warmup > train.steps:
         yield Problem(
             ("schedule", "warmup"),

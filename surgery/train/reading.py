@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -16,7 +16,9 @@ from surgery.registry import suggest
 from surgery.rules import Recipe, yaml
 from surgery.rules.explain import Problem, describe, dotted, explain, within
 from surgery.rules.yaml import Loc, Mark, child, locate
-from surgery.train.config import PretrainConfig
+from surgery.train.config import Configuration
+
+C = TypeVar("C", bound=Configuration)
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Override:
     text: str
 
 
-def load(path: Path, overrides: Sequence[str]) -> PretrainConfig:
-    """Read a configuration file; see ``PretrainConfig.load``."""
+def load(kind: type[C], path: Path, overrides: Sequence[str]) -> C:
+    """Read a configuration file; see ``Configuration.load``."""
     try:
         content = yaml.read(path, "configuration file", "YAML files", ConfigError)
         data, start = yaml.load(yaml.decode(content, str(path)), str(path))
@@ -37,21 +39,25 @@ def load(path: Path, overrides: Sequence[str]) -> PretrainConfig:
         raised = _as_config_error(error)
     else:
         changes = [_override(text) for text in overrides]
-        return _build(data, changes, path, start)
+        return _build(kind, data, changes, path, start)
     raise raised
 
 
-def parse(data: Mapping[str, Any]) -> PretrainConfig:
-    """Build a configuration from plain data; see ``PretrainConfig.parse``."""
-    return _build(dict(data), [], None, None)
+def parse(kind: type[C], data: Mapping[str, Any]) -> C:
+    """Build a configuration from plain data; see ``Configuration.parse``."""
+    return _build(kind, dict(data), [], None, None)
 
 
 def _build(
-    data: object, changes: Sequence[Override], path: Path | None, start: Mark | None
-) -> PretrainConfig:
+    kind: type[C],
+    data: object,
+    changes: Sequence[Override],
+    path: Path | None,
+    start: Mark | None,
+) -> C:
     file = None if path is None else str(path)
     if not isinstance(data, dict):
-        keys = ", ".join(PretrainConfig.model_fields)
+        keys = ", ".join(kind.model_fields)
         raise ConfigError(
             f"a configuration is a mapping with the keys {keys}; got {describe(data)}",
             file=file,
@@ -64,9 +70,9 @@ def _build(
     _inline_rules(document, changes, path)
     try:
         # As JSON, a list may become a tuple; nothing else changes its type.
-        return PretrainConfig.model_validate_json(_as_json(document))
+        return kind.model_validate_json(_as_json(document))
     except ValidationError as error:
-        problems = explain(error, document, partial(_hint, document))
+        problems = explain(error, document, partial(_hint, kind, document))
     raise _told(problems, document, changes, file, start)
 
 
@@ -173,9 +179,9 @@ def _error(
     return ConfigError(message, hint=problem.hint, file=file, line=line, column=column)
 
 
-def _hint(document: object, loc: Loc, key: str) -> str:
+def _hint(kind: type[Configuration], document: object, loc: Loc, key: str) -> str:
     """What to do about an unknown key: the nearest one here, or the section it belongs to."""
-    schema = PretrainConfig.model_json_schema()
+    schema = kind.model_json_schema()
     known = list(dict.fromkeys(_keys(schema, schema, document, ())))
     here = suggest(key, (str(name[-1]) for name in known if name[:-1] == loc))
     elsewhere = [dotted(name) for name in known if name[-1] == key]
