@@ -66,6 +66,7 @@ SAME = {
     "two ranks that accumulate": (REWIRED, "train.accumulate=2"),
     "two ranks that clip": ("train.clip=0.5",),
     "two ranks that recompute": (REWIRED, "train.checkpointing=true"),
+    "two ranks that project gradients": (REWIRED, tiny.GALORE),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -287,3 +288,21 @@ def test_the_log_is_cut_back(tmp_path: Path):
     rewind(tmp_path, 1)
     assert tiny.log(tmp_path) == [{"kind": "step", "step": 1}]
     assert [path.name for path in (tmp_path / "matrices").iterdir()] == ["000001.safetensors"]
+
+
+@pytest.mark.parametrize("last", [3, 6])
+def test_galore_goes_on_bit_for_bit_between_and_at_new_projections(last: int, tmp_path: Path):
+    config = tiny.language(tiny.corpus(tmp_path), tiny.GALORE, "checkpoint.keep=3")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    losses = tiny.losses(pretrain(config, out=whole).out)
+    plain = tiny.language(tmp_path / "corpus.txt", "optim.lr=1e-2", "optim.weight_decay=0.0")
+    assert losses[1:] != tiny.losses(pretrain(plain, out=tmp_path / "plain").out)[1:]
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    for path in checkpoints.complete(out / "checkpoints"):
+        if path.name != f"step-{last:06d}":
+            shutil.rmtree(path)
+    pretrain(config, out=out, resume=True)
+    assert tiny.log(out) == tiny.log(whole)
+    found, expected = (load_file(each / "model" / "model.safetensors") for each in (out, whole))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -11,6 +11,8 @@ from surgery import shipped
 from surgery.train.config import PretrainConfig
 
 TIMES = ("seconds", "per_second")
+#: Gradients projected to rank 4, by other matrices from step 4 and step 7 on.
+GALORE = 'optim={"name": "galore", "lr": 1e-2, "rank": 4, "gap": 3, "targets": {"type": "Linear"}}'
 
 
 def digits(*overrides: str) -> PretrainConfig:
