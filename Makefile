@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: two workers with two threads each would fight over two cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Not those that train for hours: see docs/pretraining-evidence.md.
+BENCHMARKS := $(filter-out %/harness.py,$(wildcard benchmarks/*.py)) \
+	benchmarks/pretrain/throughput.py benchmarks/pretrain/overhead.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -60,7 +63,7 @@ survival: $(VENV)/.installed ## Run the survival table and write docs/survival.m
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survival.run $(if $(ONLY),--only "$(ONLY)") $(if $(ROWS),--rows "$(ROWS)")
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
-	@set -e; for script in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
 	$(BIN)/python -m tests.test_public_api
