@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from surgery.exporting import Exported, export
     from surgery.inspection import Inspection, inspect
+    from surgery.interchange import load_adapter
     from surgery.passes.freeze import Freeze
     from surgery.passes.lowrank import LowRank
     from surgery.passes.shortcuts import Shortcuts
@@ -83,6 +84,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "surgery.exporting": ("Exported", "export"),
     "surgery.inspection": ("Inspection", "inspect"),
+    "surgery.interchange": ("load_adapter",),
     "surgery.passes.freeze": ("Freeze",),
     "surgery.passes.lowrank": ("LowRank",),
     "surgery.passes.shortcuts": ("Shortcuts",),
@@ -147,6 +149,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_adapter",
     "parameter_groups",
     "plan",
     "pretrain",

@@ -112,6 +112,17 @@ def contents(path: Path) -> dict[str, Slot]:
         return _slots(path, file)
 
 
+def metadata(path: Path) -> dict[str, object]:
+    """The free text that the header of a file carries, by key; empty if it carries none.
+
+    Raises:
+        CheckpointError: the file is truncated or is not a safetensors file.
+    """
+    with path.open("rb") as file:
+        found = _entries(path, file)[0].get("__metadata__")
+    return cast("dict[str, object]", found) if isinstance(found, dict) else {}
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The elements of a dense tensor, in C order, little-endian, without a copy where possible."""
     plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
@@ -153,6 +164,15 @@ def _read_one(file: BinaryIO, slot: Slot) -> Tensor:
 
 
 def _slots(path: Path, file: BinaryIO) -> dict[str, Slot]:
+    entries, start = _entries(path, file)
+    entries.pop("__metadata__", None)
+    slots = {name: _slot(path, name, entry, start) for name, entry in entries.items()}
+    _check_layout(path, slots, start, os.fstat(file.fileno()).st_size)
+    return slots
+
+
+def _entries(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """What the header says, and where the tensors begin."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file")
@@ -161,11 +181,7 @@ def _slots(path: Path, file: BinaryIO) -> dict[str, Slot]:
         raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} B")
     if 8 + length > size:
         raise CheckpointError(f"{path} is truncated: {size} bytes, its header ends at {8 + length}")
-    entries = _parse(path, file.read(length))
-    entries.pop("__metadata__", None)
-    slots = {name: _slot(path, name, entry, 8 + length) for name, entry in entries.items()}
-    _check_layout(path, slots, 8 + length, size)
-    return slots
+    return _parse(path, file.read(length)), 8 + length
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
