@@ -143,8 +143,8 @@ class Waiting:
 @contextlib.contextmanager
 def ours(config: PretrainConfig) -> Iterator[tuple[Loop, Waiting]]:
     with tempfile.TemporaryDirectory() as folder, engine(config) as accelerator:
-        model = runs.build_model(config)
-        loop = runs._assembled(config, Path(folder), accelerator, model, None)
+        job = runs.Pretraining(config)
+        loop = runs.assembled(job, accelerator, job.data(), out=Path(folder))
         with RunLog(Path(folder), tensorboard=False) as loop.log:
             loop.start(0)
             loop._batches = waiting = Waiting(loop._batches)

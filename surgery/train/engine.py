@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from surgery.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from surgery.train.config import PretrainConfig, TrainConfig
+    from surgery.train.config import RunConfig, TrainConfig
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class Engine(Protocol):
     is_main_process: bool
     is_fsdp2: bool
     scaler: Any
+    state: Any
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """Wrap both for several processes, precision and compilation."""
@@ -86,12 +87,11 @@ class Engine(Protocol):
 
 
 @contextmanager
-def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Engine]:
+def engine(config: RunConfig) -> Generator[Engine]:
     """An accelerator for one run; what it changed globally is put back.
 
     Args:
         config: The configuration.
-        wrapped: Class names of the modules that FSDP2 gathers one at a time.
 
     Raises:
         TrainingError: another rank died, or did not join a collective within ``train.timeout``.
@@ -103,7 +103,7 @@ def engine(config: PretrainConfig, wrapped: Sequence[str] = ()) -> Generator[Eng
     # Before the ranks meet: one that left would be missed by the others.
     _check_ranks(config.train)
     try:
-        yield _accelerator(config.train, wrapped)
+        yield _accelerator(config.train)
     except RuntimeError as error:
         lost = _lost_rank(error)
         if lost is None:
@@ -138,10 +138,19 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Engine:
+def gather_by(accelerator: Engine, classes: Sequence[str]) -> None:
+    """Say which modules FSDP2 gathers one at a time, by the names of their classes.
+
+    Before the model is prepared; without FSDP2 it means nothing.
+    """
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(classes)
+
+
+def _accelerator(train: TrainConfig) -> Engine:
     library, utils = accelerate(), accelerate("utils")
     sharded = train.parallel == "fsdp2" and ranks() > 1
-    plugin = _sharding(wrapped) if sharded else None
+    plugin = _sharding() if sharded else None
     accelerator = library.Accelerator(
         cpu=_on_cpu(train),
         mixed_precision=_PRECISION[train.precision],
@@ -167,11 +176,10 @@ def _accelerator(train: TrainConfig, wrapped: Sequence[str]) -> Engine:
     return accelerator
 
 
-def _sharding(wrapped: Sequence[str]) -> Any:
+def _sharding() -> Any:
     return accelerate("utils").FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=list(wrapped),
         state_dict_type="SHARDED_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )

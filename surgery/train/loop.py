@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
-    from surgery.train.config import PretrainConfig
+    from surgery.train.config import RunConfig
     from surgery.train.data.base import Batch, Data
     from surgery.train.logs import RunLog
     from surgery.train.objectives.base import Objective
@@ -80,6 +80,7 @@ class Loop:
         optimizer: The optimizer, prepared where losses are scaled.
         schedule: Of its learning rate.
         aim: The objective.
+        penalty: A term of the loss that a rewrite of the plain model asks for, if any.
         data: What is trained and evaluated on.
         snapshot: Saves and loads all of it.
         watch: Judges every step.
@@ -90,7 +91,7 @@ class Loop:
         evaluation: What the last evaluation gave.
     """
 
-    config: PretrainConfig
+    config: RunConfig
     out: Path
     accelerator: Engine
     model: nn.Module
@@ -98,6 +99,7 @@ class Loop:
     optimizer: Optimizer
     schedule: Schedule
     aim: Objective
+    penalty: Callable[[nn.Module], Tensor | None]
     data: Data
     snapshot: Snapshot
     watch: Watch
@@ -130,9 +132,17 @@ class Loop:
         self._batches = self._training_batches(done)
         if done:
             self._say("event", f"going on from step {done}")
-        elif self.config.log.matrices is not None:
-            self._write_matrices(0, self.initial)
+        else:
+            self._tell_notes()
+            if self.config.log.matrices is not None:
+                self._write_matrices(0, self.initial)
         self.clock.start()
+
+    def _tell_notes(self) -> None:
+        """What there is to know about the data before it is trained on."""
+        for note in self.data.notes:
+            self._write("event", 0, {"event": "data", "reason": note})
+            self._say("event", note)
 
     def advance(self, step: int) -> str | None:
         """Make a step, and whatever is due after it; the line of the log in words, if any."""
@@ -169,10 +179,9 @@ class Loop:
         """One optimizer step; the loss over this rank's samples, and the norm of the gradient."""
         accumulate = self.config.train.accumulate
         total: Tensor | None = None
-        for _ in range(accumulate):
-            batch = next(self._batches)
+        for batch, weight in self._parts():
             with self.accelerator.accumulate(self.model):
-                loss = self.aim.loss(self.model, batch, step=step)
+                loss = self._loss(batch, step, weight)
                 self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None  # noqa: S101 - accumulate is at least 1
@@ -186,6 +195,33 @@ class Loop:
             self._pass_over()
         self.optimizer.zero_grad()
         return loss, norm
+
+    def _loss(self, batch: Batch, step: int, weight: Tensor | None) -> Tensor:
+        """The loss of a part of the batch, so that the mean over all parts is the batch's."""
+        loss = self.aim.loss(self.model, batch, step=step)
+        if weight is not None:
+            loss = loss * weight
+        penalty = self.penalty(self.plain)
+        return loss if penalty is None else loss + penalty
+
+    def _parts(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        """This rank's parts of the next batch, and how much more than the mean part each counts.
+
+        A mean over tokens is not the mean of the parts' means where parts have different numbers
+        of tokens. None where all parts count the same.
+        """
+        accumulate = self.config.train.accumulate
+        if not self.aim.weighed:
+            for _ in range(accumulate):
+                yield next(self._batches), None
+            return
+        batches = [next(self._batches) for _ in range(accumulate)]
+        weights = torch.stack([self.aim.weight(batch) for batch in batches]).double()
+        total, ranks = weights.sum(), self.accelerator.num_processes
+        if ranks > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        share = weights * (accumulate * ranks / total.clamp(min=1))
+        yield from zip(batches, share.float(), strict=True)
 
     def _pass_over(self) -> None:
         """Go on in the schedule without a step of the optimizer."""

@@ -1,14 +1,18 @@
-"""``pretrain``: a configuration becomes a run folder with a trained model in it."""
+"""``pretrain``: a configuration becomes a run folder with a trained model in it.
+
+What pretraining and fine-tuning do alike is ``run_job``; what each does its own way is a ``Job``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import files, progress
 from surgery.checkpoints import save
@@ -16,7 +20,8 @@ from surgery.errors import TrainingError
 from surgery.passes.streams import shortcuts
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, check_shardable, wrapped_classes
-from surgery.train.engine import Engine, engine, ranks
+from surgery.train.engine import Engine, engine, gather_by
+from surgery.train.keeping import Everything, Kept
 from surgery.train.logs import LOG, RunLog, lines
 from surgery.train.loop import Clock, Loop, Tell
 from surgery.train.optimizers import build_optimizer, build_schedule
@@ -25,8 +30,11 @@ from surgery.train.watch import Watch, by_itself
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch.optim import Optimizer
 
-    from surgery.train.config import PretrainConfig
+    from surgery.train.config import PretrainConfig, RunConfig
+    from surgery.train.data.base import Data
+    from surgery.train.objectives.base import Objective
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -117,28 +125,106 @@ def pretrain(
         TrainingError: the loss or a gradient is not finite, and the configuration says to stop; or
             another rank is gone.
     """
+    return run_job(Pretraining(config), out=out, resume=resume, tell=tell)
+
+
+class Job(ABC):
+    """What one kind of run does its own way; every rank calls all of it.
+
+    Attributes:
+        config: The configuration.
+    """
+
+    config: RunConfig
+
+    def data(self) -> Data:
+        """What is trained and evaluated on."""
+        from surgery.train.data import open_data
+
+        return open_data(self.config.data, seed=self.config.seed)
+
+    @abstractmethod
+    def model(self, data: Data) -> nn.Module:
+        """The model, rewritten, on the CPU and in train mode; the same on every rank."""
+
+    @abstractmethod
+    def objective(self, data: Data, model: nn.Module) -> Objective:
+        """What is minimised, tried on the plain model."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of what is trained, before the model is wrapped."""
+
+    def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027 - optional
+        """Take note of the plain model and optimizer once they are moved, wrapped and sharded."""
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A term of the loss that does not depend on the data; None for none."""
+        return None
+
+    def kept(self) -> Kept:
+        """Which tensors of the model a checkpoint holds; asked once there is a model."""
+        return Everything()
+
+    def finish(self, model: nn.Module, data: Data, out: Path) -> None:  # noqa: B027 - optional
+        """Write what belongs beside the trained model; on the main rank, with a whole model."""
+
+
+@dataclass
+class Pretraining(Job):
+    """A model from random weights."""
+
+    config: PretrainConfig
+
+    def model(self, data: Data) -> nn.Module:
+        """From the seed of the configuration."""
+        return build_model(self.config)
+
+    def objective(self, data: Data, model: nn.Module) -> Objective:
+        """What the section ``objective`` names."""
+        from surgery.train.objectives import objective
+
+        return objective(self.config, data, model)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """What the section ``optim`` names."""
+        return build_optimizer(model, self.config.optim)
+
+
+def run_job(job: Job, *, out: Path, resume: bool = False, tell: Tell | None = None) -> Run:
+    """Train: alone, under ``accelerate launch`` or under ``torchrun``.
+
+    Args:
+        job: What is done.
+        out: As for ``pretrain``.
+        resume: As for ``pretrain``.
+        tell: As for ``pretrain``.
+
+    Raises:
+        SurgeryError: as for ``pretrain``.
+    """
+    config = job.config
     start = _start(config, out, resume=resume)
-    model = build_model(config)
-    if config.train.parallel == "fsdp2" and ranks() > 1:
-        check_shardable(model)
     with ExitStack() as stack:
-        accelerator = stack.enter_context(engine(config, wrapped_classes(model)))
+        accelerator = stack.enter_context(engine(config))
+        with accelerator.main_process_first(), progress.task("opening the data"):
+            data = job.data()
+        loop = assembled(job, accelerator, data, out=out, tell=tell)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
-            _write_config(config, out)
+            files.write(out / CONFIG, config.to_yaml())
         accelerator.wait_for_everyone()
-        loop = _assembled(config, out, accelerator, model, tell)
         done = 0 if start is None else _go_on(loop, start)
         if accelerator.is_main_process:
             loop.log = stack.enter_context(
                 RunLog(out, tensorboard=config.log.tensorboard, step=done)
             )
         loop.run(done)
-        _save_result(loop)
+        _save_result(job, loop)
         return Run(out, config.train.steps, loop.clock.seconds, _last_evaluation(loop))
 
 
-def _start(config: PretrainConfig, out: Path, *, resume: bool) -> Path | None:
+def _start(config: RunConfig, out: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from; None for a run from the start."""
     if out.exists() and not out.is_dir():
         raise TrainingError(f"{out} is a file, expected a folder for the run")
@@ -156,35 +242,41 @@ def _start(config: PretrainConfig, out: Path, *, resume: bool) -> Path | None:
     return None
 
 
-def _write_config(config: PretrainConfig, out: Path) -> None:
-    files.write(out / CONFIG, config.to_yaml())
-
-
-def _assembled(
-    config: PretrainConfig,
-    out: Path,
+def assembled(
+    job: Job,
     accelerator: Engine,
-    model: nn.Module,
-    tell: Tell | None,
+    data: Data,
+    *,
+    out: Path,
+    tell: Tell | None = None,
 ) -> Loop:
-    """The loop of a run from the start, without a log."""
-    from surgery.train.data import open_data
-    from surgery.train.objectives import objective
+    """The loop of a run from the start, without a log.
 
-    with accelerator.main_process_first(), progress.task("opening the data"):
-        data = open_data(config.data, seed=config.seed)
+    Args:
+        job: What is done.
+        accelerator: Of the run.
+        data: What ``job.data`` gave.
+        out: Folder of the run.
+        tell: As for ``pretrain``.
+    """
+    config = job.config
+    model = job.model(data)
+    if accelerator.is_fsdp2:
+        check_shardable(model)
+        gather_by(accelerator, wrapped_classes(model))
     model.to(accelerator.device)
-    aim = objective(config, data, model)
-    optimizer = build_optimizer(model, config.optim)
+    aim = job.objective(data, model)
+    optimizer = job.optimizer(model)
     schedule = build_schedule(optimizer, config.schedule, config.train.steps)
     initial = shortcuts(model)
     prepared, stepper = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+    job.prepared(plain, stepper.optimizer)
     aim.start(plain)
     scaled = accelerator.scaler is not None
     watch = Watch(config.train, by_itself(optimizer, accelerator.device, scaled=scaled))
     randomness.seed_all(config.seed, accelerator.process_index)
-    snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch)
+    snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch, job.kept())
     return Loop(
         config=config,
         out=out,
@@ -195,6 +287,7 @@ def _assembled(
         optimizer=stepper if scaled else stepper.optimizer,
         schedule=schedule,
         aim=aim,
+        penalty=job.penalty,
         data=data,
         snapshot=snapshot,
         watch=watch,
@@ -220,25 +313,30 @@ def _last_evaluation(loop: Loop) -> dict[str, float]:
     return {k: v for k, v in found[-1].items() if k not in ("kind", "step")} if found else {}
 
 
-def _save_result(loop: Loop) -> None:
+def _save_result(job: Job, loop: Loop) -> None:
     """Write the trained model, and the averaged one where there is an average."""
-    objective = loop.config.objective
-    _save_model(loop, loop.out / MODEL)
+    objective, out = loop.config.objective, loop.out
+    _save_model(job, loop, lambda model: _saved(job, loop, model))
     if objective.kind == "diffusion" and objective.ema is not None:
         with loop.aim.averaged():
-            _save_model(loop, loop.out / AVERAGED)
+            _save_model(job, loop, lambda model: save(model, out / AVERAGED))
 
 
-def _save_model(loop: Loop, folder: Path) -> None:
+def _saved(job: Job, loop: Loop, model: nn.Module) -> None:
+    save(model, loop.out / MODEL)
+    job.finish(model, loop.data, loop.out)
+
+
+def _save_model(job: Job, loop: Loop, write: Callable[[nn.Module], object]) -> None:
     accelerator = loop.accelerator
-    model = _whole(loop) if loop.snapshot.sharded else loop.plain
+    model = _whole(job, loop) if loop.snapshot.sharded else loop.plain
     if accelerator.is_main_process:
         with _bare(model):
-            save(model, folder)
+            write(model)
     accelerator.wait_for_everyone()
 
 
-def _whole(loop: Loop) -> nn.Module:
+def _whole(job: Job, loop: Loop) -> nn.Module:
     """A sharded model gathered on the main rank, as the class it was built as."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -246,7 +344,7 @@ def _whole(loop: Loop) -> nn.Module:
     weights = get_model_state_dict(loop.plain, options=options)
     if not loop.accelerator.is_main_process:
         return loop.plain
-    model = build_model(loop.config)
+    model = job.model(loop.data)
     model.load_state_dict(weights)
     return model
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from surgery.train.checkpoints import Progress
+    from surgery.train.keeping import Kept
     from surgery.train.objectives.base import Objective
     from surgery.train.optimizers import Schedule
     from surgery.train.watch import Watch
@@ -43,6 +44,7 @@ class Snapshot:
         schedule: Of its learning rate.
         aim: The objective.
         watch: Judge of losses.
+        kept: Which tensors of the model are written, where it is not sharded.
     """
 
     accelerator: Engine
@@ -51,6 +53,7 @@ class Snapshot:
     schedule: Schedule
     aim: Objective
     watch: Watch
+    kept: Kept
 
     @property
     def sharded(self) -> bool:
@@ -72,8 +75,9 @@ class Snapshot:
         progress = checkpoints.Progress(
             step, seconds, self.accelerator.num_processes, self.sharded, self._extra()
         )
-        with self._place(folder, step) as work:
-            self._write(work)
+        weights = self.model.state_dict() if self.sharded else self.kept.state(self.model)
+        with self._place(folder, step, weights) as work:
+            self._write(work, weights)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 checkpoints.seal(work, progress, config)
@@ -96,11 +100,12 @@ class Snapshot:
                 f"{folder} holds a {there} model, and this run has a {here} one",
                 hint="resume with as many ranks as before, or at least two for fsdp2",
             )
+        extra = progress.extra
         if self.sharded:
             self._load_shards(folder)
         else:
+            self._check_origin(folder, extra)
             self._load_whole(folder)
-        extra = progress.extra
         self.schedule.load_state_dict(unpack(extra["schedule"], {}))
         self.watch.load_state_dict(extra["watch"])
         if self.accelerator.scaler is not None:
@@ -108,9 +113,9 @@ class Snapshot:
         self._load_randomness(folder, progress, seed)
 
     @contextmanager
-    def _place(self, folder: Path, step: int) -> Generator[Path]:
+    def _place(self, folder: Path, step: int, weights: Flat) -> Generator[Path]:
         """The folder to write to: the main rank's, on every rank."""
-        need = self._bytes()
+        need = self._bytes(weights)
         main = self.accelerator.is_main_process
         # Asked on every rank, so that all of them stop where the disk is full.
         checkpoints.check_space(folder, step, need)
@@ -128,28 +133,37 @@ class Snapshot:
             "schedule": schedule,
             "watch": self.watch.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "origin": self.kept.origin,
         }
 
-    def _bytes(self) -> int:
+    def _check_origin(self, folder: Path, extra: Mapping[str, Any]) -> None:
+        if extra.get("origin") != self.kept.origin:
+            raise CheckpointError(
+                f"{folder} goes with other pretrained weights than model.source has now",
+                hint="resume with the weights that the run was started from, and with the same "
+                "checkpoint.weights",
+            )
+
+    def _bytes(self, weights: Flat) -> int:
         """Bytes that a checkpoint takes on the disk, headers aside."""
         _, optimizer = pack(self.optimizer.state_dict()["state"], "")
         _, aim = pack(self.aim.state_dict(), "")
-        tensors = [*self.model.state_dict().values(), *optimizer.values(), *aim.values()]
+        tensors = [*weights.values(), *optimizer.values(), *aim.values()]
         return checkpoints.tensor_bytes(tensors)
 
-    def _write(self, work: Path) -> None:
+    def _write(self, work: Path, weights: Flat) -> None:
         rank = self.accelerator.process_index
         checkpoints.write_state(work, randomness.state(), f"rank-{rank:05d}")
         if self.sharded:
             self._write_shards(work)
         elif self.accelerator.is_main_process:
-            checkpoints.write_tensors(work / "model.safetensors", self.model.state_dict())
+            checkpoints.write_tensors(work / "model.safetensors", weights)
             checkpoints.write_state(work, self.optimizer.state_dict(), "optimizer")
             checkpoints.write_state(work, self.aim.state_dict(), "objective")
 
     def _load_whole(self, folder: Path) -> None:
         weights = checkpoints.read_tensors(folder / "model.safetensors")
-        self.model.load_state_dict(weights)
+        self.kept.load(self.model, weights)
         self.optimizer.load_state_dict(checkpoints.read_state(folder, "optimizer"))
         self.aim.load_state_dict(checkpoints.read_state(folder, "objective"))
 

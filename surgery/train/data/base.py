@@ -130,6 +130,7 @@ class Facts:
         classes: Labels are below it; None for data without labels.
         tokenizer: Turns token ids into text.
         names: What the classes are called.
+        longest: Tokens in the longest sample, where samples differ in length.
     """
 
     kind: str
@@ -140,6 +141,7 @@ class Facts:
     classes: int | None = None
     tokenizer: Tokenizer | None = None
     names: tuple[str, ...] | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,13 @@ class Data:
         train: What is trained on.
         held_out: What is evaluated on; nothing of it is in ``train``.
         facts: What a model must fit.
+        notes: What there is to know about it before it is trained on, in sentences.
     """
 
     train: Samples | StreamSamples
     held_out: Samples
     facts: Facts
+    notes: tuple[str, ...] = ()
 
 
 def positions(places: Sequence[Place]) -> Tensor:

@@ -53,9 +53,11 @@ class Objective(ABC):
 
     Attributes:
         sample_every: Steps between two calls of ``sample`` during training; None for none.
+        weighed: Whether the parts of a batch count as ``weight`` says, and not all the same.
     """
 
     sample_every: int | None = None
+    weighed: bool = False
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
@@ -66,6 +68,10 @@ class Objective(ABC):
             batch: Samples of this rank.
             step: The optimizer step that the batch belongs to.
         """
+
+    def weight(self, batch: Batch) -> Tensor:
+        """Over how many things ``loss`` of this batch is a mean: a scalar, such as of tokens."""
+        raise NotImplementedError(f"{type(self).__name__} is not weighed")
 
     @abstractmethod
     def evaluate(
