@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from surgery.errors import ModelStateError
+from surgery.optim.linalg import wide
 from surgery.optim.moments import check_state, powers_of, scale_state
 from surgery.optim.rule import Attached, Factors, StepRule
 
@@ -180,8 +181,8 @@ class ScaLoRA(StepRule):
         stack = each.A.shape[:-2]
         kept: dict[str, Tensor] = {}
         if self.lipschitz is None:
-            wide = _wide(each.A.device)
-            kept["lipschitz"] = torch.full(stack, math.nan, dtype=wide, device=each.A.device)
+            dtype = wide(each.A.device)
+            kept["lipschitz"] = torch.full(stack, math.nan, dtype=dtype, device=each.A.device)
         if each.base_dtype is not None and each.base_dtype.itemsize < torch.float32.itemsize:
             shape = (*stack, each.B.shape[-2], each.A.shape[-1])
             kept["lost"] = torch.zeros(shape, dtype=each.base_dtype, device=each.A.device)
@@ -224,15 +225,15 @@ class ScaLoRA(StepRule):
         return lipschitz
 
     def _swap(self, each: Factors, optimizer: Optimizer, alpha: Tensor, beta: Tensor) -> None:
-        wide = torch.promote_types(each.A.dtype, torch.float32)
-        by_column, by_row = alpha.to(wide).unsqueeze(-2), beta.to(wide).unsqueeze(-1)
-        A, B = each.A.detach().to(wide), each.B.detach().to(wide)
+        dtype = torch.promote_types(each.A.dtype, torch.float32)
+        by_column, by_row = alpha.to(dtype).unsqueeze(-2), beta.to(dtype).unsqueeze(-1)
+        A, B = each.A.detach().to(dtype), each.B.detach().to(dtype)
         new_A, new_B = (A * by_row).to(each.A.dtype), (B * by_column).to(each.B.dtype)
-        if each.A.dtype == wide:
+        if each.A.dtype == dtype:
             change = B * (1 - by_column * by_row.mT) @ A
         else:
             # What narrow factors lose to rounding is folded as well.
-            change = B @ A - new_B.to(wide) @ new_A.to(wide)
+            change = B @ A - new_B.to(dtype) @ new_A.to(dtype)
         self._fold(each, change.mul_(each.scaling))
         each.A.copy_(new_A)
         each.B.copy_(new_B)
@@ -270,9 +271,9 @@ class _Grams:
     @classmethod
     def of(cls, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: float) -> _Grams:
         """Of the factors of one adapter, or of a stack."""
-        wide = _wide(A.device)
-        U = torch.cat([B.to(wide), grad_B.to(wide)], -1)
-        V = torch.cat([grad_A.to(wide), A.to(wide)], -2)
+        dtype = wide(A.device)
+        U = torch.cat([B.to(dtype), grad_B.to(dtype)], -1)
+        V = torch.cat([grad_A.to(dtype), A.to(dtype)], -2)
         size = V.shape[-2]
         left, right = (U.mT @ U).reshape(-1, size, size), (V @ V.mT).reshape(-1, size, size)
         precision = max(torch.finfo(each.dtype).eps for each in (A, B, grad_A, grad_B))
@@ -438,10 +439,6 @@ def _split(values: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
 def _codes(kinds: Tensor) -> list[int]:
     """The one synchronisation with the device, but for a system that is singular."""
     return cast("list[int]", cast("Any", kinds).tolist())
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _grad(parameter: Tensor) -> Tensor:
