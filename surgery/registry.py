@@ -85,7 +85,20 @@ PASSES = Registry(
         "shortcuts": "surgery.passes.shortcuts:Shortcuts",
     },
 )
-ADAPTERS = Registry("surgery.adapters", "method", {"lora": "architectures.adapters.lora:LoRA"})
+ADAPTERS = Registry(
+    "surgery.adapters",
+    "method",
+    {
+        "dora": "architectures.adapters.dora:DoRA",
+        "lora": "architectures.adapters.lora:LoRA",
+        "nora": "architectures.adapters.nora:NoRA",
+        "nora-plus": "architectures.adapters.nora:NoRAPlus",
+        "olora": "architectures.adapters.olora:OLoRA",
+        "pissa": "architectures.adapters.pissa:PiSSA",
+        "scalora": "architectures.adapters.scalora:ScaLoRA",
+        "sorsa": "architectures.adapters.sorsa:SORSA",
+    },
+)
 TOPOLOGIES = Registry(
     "surgery.topologies",
     "topology",
@@ -107,4 +120,14 @@ STEP_RULES = Registry(
         "scalora": "surgery.optim.scalora:ScaLoRA",
     },
 )
-FORMATS = Registry("surgery.formats", "format", {})
+FORMATS = Registry(
+    "surgery.formats",
+    "format",
+    {
+        "diffusers_lora": "surgery.exporting.diffusers_lora:DiffusersLora",
+        "merged": "surgery.exporting.merged:Merged",
+        "peft": "surgery.exporting.peft:Peft",
+        "onnx": "surgery.exporting.onnx:Onnx",
+        "torch_export": "surgery.exporting.torch_export:TorchExport",
+    },
+)

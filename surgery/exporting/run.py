@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery import progress
+from surgery import files, progress
 from surgery.capture.graft import stock_class
 from surgery.checkpoints import base_weights
 from surgery.checkpoints.inventory import take
@@ -232,9 +232,9 @@ def _check_file_target(target: Path) -> None:
 def _to_folder(writer: Format, model: nn.Module, call: Example, target: Path) -> Exported:
     with replacing(target, provenance.check_replaceable) as work:
         found = _written(writer, model, call, work)
-        files = provenance.files_of(work)
-        provenance.write(work, _provenance(writer, model, files, found))
-    sizes = {name: file.bytes for name, file in files.items()}
+        entries = provenance.files_of(work)
+        provenance.write(work, _provenance(writer, model, entries, found))
+    sizes = {name: file.bytes for name, file in entries.items()}
     return Exported(target, writer.name, sizes, found)
 
 
@@ -251,10 +251,9 @@ def _to_file(writer: Format, model: nn.Module, call: Example, target: Path) -> E
                 f"the export is more than one file: {', '.join(others)} beside {single.name}",
                 hint=f"give a folder: {target.with_suffix('')}",
             )
-        with single.open("rb+") as file:
-            os.fsync(file.fileno())
         size = single.stat().st_size
-        single.replace(target)
+        with files.beside(target) as place:
+            single.replace(place)
     return Exported(target, writer.name, {target.name: size}, found)
 
 
@@ -268,7 +267,7 @@ def _written(writer: Format, model: nn.Module, call: Example, work: Path) -> Agr
 
 
 def _provenance(
-    writer: Format, model: nn.Module, files: dict[str, provenance.File], found: Agreement
+    writer: Format, model: nn.Module, entries: dict[str, provenance.File], found: Agreement
 ) -> Provenance:
     cls = stock_class(model)
     record = record_of(model)
@@ -281,7 +280,7 @@ def _provenance(
         source=describe(model),
         recipes=[operation.recipe for operation in operations],
         tensors=base_weights.digests(take(model).state),
-        files=files,
+        files=entries,
         agreement=found.to_dict(),
     )
 

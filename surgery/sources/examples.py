@@ -79,6 +79,11 @@ class Example:
         size, count = leading.most_common(1)[0]
         return size if 2 * count > leading.total() else None
 
+    def lengths(self) -> set[int]:
+        """Lengths of the sequences, told from the integer tensors (batch, length)."""
+        batch = self.batch()
+        return set() if batch is None else _lengths(self.tensors(), batch)
+
     def resized(self, *, batch: int | None = None, shorten: int = 0) -> Example:
         """The same call with another batch size, or with shorter sequences.
 
