@@ -129,11 +129,10 @@ def _target(axes: Axes, groups: Sequence[Group], found: Sequence[Saving]) -> Non
 
 def _finish(left: Axes, right: Axes, groups: Sequence[Group]) -> None:
     runs = [run for group in groups for run in group.runs]
-    everything = np.concatenate([_finite(smoothed(run.train)) for run in runs])
-    everything = np.concatenate([everything, *(_finite(run.evaluation) for run in runs)])
-    if everything.size and everything.min() > 0 and everything.max() > _LOG_FROM * everything.min():
+    if low := _bottom(runs):
         _logarithmic(left)
         _logarithmic(right)
+        left.set_ylim(bottom=low)
     last = max((run.last_step for run in runs), default=1) or 1
     _zoom(right, runs, last)
     for axes in (left, right):
@@ -141,6 +140,21 @@ def _finish(left: Axes, right: Axes, groups: Sequence[Group]) -> None:
         axes.set_ylabel("loss", fontsize=9)
         axes.tick_params(labelsize=8)
         canvas.plain(axes)
+
+
+def _bottom(runs: Sequence[Record]) -> float | None:
+    """Where a logarithmic axis begins; None if a linear one will do, or a loss is negative.
+
+    A training loss may round to zero. It then leaves the picture at the bottom, at a tenth of the
+    lowest evaluation at most.
+    """
+    held_out = np.concatenate([_finite(run.evaluation) for run in runs])
+    values = np.concatenate([held_out, *(_finite(smoothed(run.train)) for run in runs)])
+    positive = values[values > 0]
+    if not positive.size or values.min() < 0 or positive.max() <= _LOG_FROM * positive.min():
+        return None
+    lowest = held_out[held_out > 0].min(initial=np.inf) / 10
+    return float(max(values.min(), lowest if np.isfinite(lowest) else positive.min()))
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -162,9 +176,15 @@ def _zoom(axes: Axes, runs: Sequence[Record], last: int) -> None:
     if not shown.size:
         axes.text(0.5, 0.5, "no evaluation yet", ha="center", transform=axes.transAxes)
         return
-    low, high = float(shown.min()), float(shown.max())
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_xlim(start, 1.02 * last)
+    logarithmic = axes.get_yscale() == "log" and bool((shown > 0).any())
+    low = float(shown[shown > 0].min() if logarithmic else shown.min())
+    high = float(shown.max())
+    if logarithmic:
+        part = 1.01 * (high / low) ** 0.06
+        axes.set_ylim(low / part, high * part)
+        return
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     axes.set_ylim(low - margin if low - margin > 0 or low <= 0 else low, high + margin)
 
 

@@ -1,6 +1,9 @@
-import numpy as np
+import json
 
-from surgery.train.views import Series, canvas, groups, losses, read_run
+import numpy as np
+import pytest
+
+from surgery.train.views import Group, Series, canvas, groups, losses, read_run
 from tests.train.views.folders import make_run
 
 
@@ -58,6 +61,45 @@ def test_short_curves_are_left_as_they_are() -> None:
     series = Series(np.arange(5), np.array([3.0, 1.0, 4.0, 1.0, 5.0]))
 
     assert np.array_equal(losses.smoothed(series).values, series.values)
+
+
+def changed_losses(record, change) -> None:
+    """Rewrite every loss of a run's log."""
+    log = record.path / "log.jsonl"
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            line["loss"] = change(line["kind"], line["loss"], line["step"])
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_loss_that_begins_high_and_ends_at_zero_is_drawn_on_a_logarithmic_axis(tmp_path) -> None:
+    (record,) = records(tmp_path, "a", seeds=1)
+
+    def change(kind: str, loss: float, step: int) -> float:
+        if kind == "evaluation":
+            return loss
+        return 1e4 if step < 60 else 0.0
+
+    changed_losses(record, change)
+    run = read_run(record.path)
+    left, right = losses.curves([Group("a", (run,))]).axes
+
+    assert left.get_yscale() == right.get_yscale() == "log"
+    lowest, highest = run.evaluation.values.min(), run.evaluation.values.max()
+    assert left.get_ylim()[0] == pytest.approx(lowest / 10)
+    bottom, top = right.get_ylim()
+    assert 0.8 * lowest < bottom < lowest
+    assert top < 1.3 * highest
+
+
+def test_a_negative_loss_is_drawn_on_a_linear_axis(tmp_path) -> None:
+    (record,) = records(tmp_path, "a", seeds=1)
+    changed_losses(record, lambda _kind, loss, step: 1e4 if step < 60 else loss - 10)
+
+    left, right = losses.curves([Group("a", (read_run(record.path),))]).axes
+
+    assert left.get_yscale() == right.get_yscale() == "linear"
 
 
 def test_runs_without_an_evaluation_are_drawn(tmp_path) -> None:
