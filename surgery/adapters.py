@@ -22,21 +22,28 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from architectures.adapters import Method
 from surgery.errors import ModelStateError
+from surgery.passes.base import ApplyContext, passes_of
+from surgery.passes.conversion import to_plain
+from surgery.passes.groups import parameter_groups
 from surgery.passes.hosts import (
+    BEFORE_MERGE,
     CHILD,
     Bank,
     Banks,
     Mix,
     Override,
+    has_folded,
     merge_into,
     mergeable,
     overrides,
     take_out,
 )
 from surgery.passes.hosts import bank as hosts
+from surgery.passes.lowrank import LowRank
 from surgery.record import Operation, Record, record_of
 from surgery.registry import suggest
 from surgery.tree import children, named_modules
@@ -48,7 +55,11 @@ __all__ = [
     "merge",
     "merged",
     "names",
+    "parameter_groups",
     "parameters",
+    "penalty",
+    "start",
+    "to_lora",
     "unmerge",
     "using",
 ]
@@ -100,6 +111,7 @@ def activate(model: nn.Module, choice: Choice) -> None:
     mix = _mix(model, choice)
     banks = _banks(model)
     _refuse_merged(banks)
+    _refuse_partial(banks, mix)
     for bank in banks:
         bank.active = _available(bank, mix)
 
@@ -122,6 +134,7 @@ def using(model: nn.Module, choice: Choice) -> Generator[None]:
     override = Override.of(_mix(model, choice))
     banks = _banks(model)
     _refuse_merged(banks)
+    _refuse_partial(banks, override.mix)
     chosen = dict.fromkeys((bank.family.number for bank in banks), override)
     token = overrides.set({**(overrides.get() or {}), **chosen})
     try:
@@ -185,16 +198,17 @@ def merge(
     carriers = _carriers(root)
     _refuse_merged(carrier.bank for carrier in carriers)
     wanted = None if choice is None else _mix(root, choice)
+    if wanted is not None:
+        _refuse_partial((carrier.bank for carrier in carriers), wanted)
     weights = [mergeable(each.module, each.parameter, each.path) for each in carriers]
     for carrier, weight in zip(carriers, weights, strict=True):
         bank = carrier.bank
         mix = _available(bank, bank.active if wanted is None else wanted)
-        kept = _operation(record, carrier).kept
-        # A copy that is there already is of the weight before the method changed it.
-        copies = (keep_base or bank.keep_base) == "memory" and carrier.name not in kept
-        bank.copied = copies and bool(mix)
+        changes = bool(bank.contributions(mix))
+        bank.copied = changes and (keep_base or bank.keep_base) == "memory"
         if bank.copied:
-            kept[carrier.name] = weight.detach().clone()
+            kept = _operation(record, carrier).kept
+            kept[_free_key(kept, carrier.name)] = weight.detach().clone()
         merge_into(weight, bank, mix)
 
 
@@ -207,7 +221,8 @@ def unmerge(model: nn.Module) -> None:
         model: A rewritten model whose adapters are merged.
 
     Raises:
-        ModelStateError: nothing is merged, or the model is not the whole rewritten one.
+        ModelStateError: nothing is merged, the model is not the whole rewritten one, or rows were
+            scaled and no copy was kept: by zero, or by factors that were not saved.
     """
     root, record = _rewritten(model)
     carriers = [carrier for carrier in _carriers(root) if carrier.bank.merged is not None]
@@ -218,7 +233,88 @@ def unmerge(model: nn.Module) -> None:
     for carrier in carriers:
         kept = _operation(record, carrier).kept
         weight = mergeable(carrier.module, carrier.parameter, carrier.path)
-        take_out(weight, carrier.bank, kept.pop(carrier.name) if carrier.bank.copied else None)
+        key = carrier.name + BEFORE_MERGE
+        copied = kept.pop(key if key in kept else carrier.name) if carrier.bank.copied else None
+        take_out(weight, carrier.bank, copied)
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The terms that methods add to the loss, such as SORSA's; a scalar, zero if there are none.
+
+    The adapters of one name and method count with their mean, as in the authors' code.
+
+    Raises:
+        ModelStateError: the model has no adapters.
+    """
+    terms: dict[tuple[str, type[Method]], list[Tensor]] = {}
+    tensor = torch.zeros(())
+    for bank in _banks(model):
+        for name, adapter in bank.adapters.items():
+            for method in adapter.methods:
+                tensor = method.lora_A
+                term = method.penalty()
+                if term is not None:
+                    terms.setdefault((name, type(method)), []).append(term)
+    means = [
+        torch.stack([each.to(tensor.device) for each in group]).mean() for group in terms.values()
+    ]
+    return torch.stack(means).sum() if means else torch.zeros((), device=tensor.device)
+
+
+def start(model: nn.Module) -> None:
+    """Give adapters that were put in on the meta device their first values.
+
+    For a model that was rewritten on "meta" and whose weights have been loaded since; the values
+    are those that applying the rules to the loaded model would have given.
+
+    Raises:
+        ModelStateError: no adapter waits for its values, or something is still on the meta device.
+    """
+    root, record = _rewritten(model)
+    waiting = 0
+    for operation in record.operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        for edit in operation.edits:
+            made = passes[edit.rule]
+            if isinstance(made, LowRank) and made.adapter in made.bank(root, edit, context).pending:
+                made.begin(root, edit, context)
+                waiting += 1
+    if not waiting:
+        raise ModelStateError(
+            "every adapter has its values already",
+            hint="start is for models that were rewritten on the meta device",
+        )
+
+
+def to_lora(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Convert adapters that took their start out of the weight to plain LoRA, in place.
+
+    PiSSA, OLoRA, SORSA and re-initialised adapters compute with ``W - s B₀ A₀ + s B A``. Afterwards
+    the weights are the original ones, and each adapter is a LoRA of twice the rank with the factors
+    ``[A; -A₀]`` and ``[B, B₀]``: what other tools can load beside the original model. The edit log
+    says so too. Tensors of the adapters are new: build a new optimizer to train on.
+
+    Args:
+        model: The whole rewritten model.
+        name: One adapter; all of them by default.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ModelStateError: there is no such adapter or none to convert, an original weight is gone
+            (``keep_base: none``), or adapters are merged. Nothing has changed then.
+    """
+    root, record = _rewritten(model)
+    if name is not None:
+        _mix(root, name)
+    if not to_plain(root, record, name):
+        raise ModelStateError(
+            "no adapter took its start out of the weight, so all are plain already",
+            hint="to_lora is for PiSSA, OLoRA, SORSA and re-initialised adapters",
+        )
+    return model
 
 
 @dataclass(frozen=True)
@@ -289,6 +385,18 @@ def _refuse_merged(banks: Iterable[Bank]) -> None:
         )
 
 
+def _refuse_partial(banks: Iterable[Bank], mix: Mix) -> None:
+    shares = dict(mix)
+    for bank in banks:
+        for name, adapter in bank.adapters.items():
+            if shares.get(name, 0.0) != 1.0 and has_folded(adapter):
+                raise ModelStateError(
+                    f"adapter {name!r} added to the weights while it was trained, so it cannot be "
+                    f"switched off, exchanged or mixed with a share of {shares.get(name, 0.0):g}",
+                    hint="for the model without it, call surgery.undo on a copy",
+                )
+
+
 def _rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
     """The rewritten model in a model or wrapper, with its edit log."""
     for _, module in named_modules(model, duplicates=False):
@@ -299,6 +407,11 @@ def _rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
         f"this {type(model).__name__} carries no edit log",
         hint="pass the whole model that surgery.apply was given",
     )
+
+
+def _free_key(kept: Mapping[str, Tensor], name: str) -> str:
+    """Where the copy of a weight goes: a method that changed the weight has left one too."""
+    return name + BEFORE_MERGE if name in kept else name
 
 
 def _operation(record: Record, carrier: _Carrier) -> Operation:

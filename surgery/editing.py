@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import ModelStateError
 from surgery.passes.base import ApplyContext, Pass, passes_of
@@ -90,6 +91,18 @@ def settle(model: nn.Module) -> None:
             passes[edit.rule].settle(model, edit, context)
 
 
+def originals(model: nn.Module, record: Record) -> dict[str, Tensor]:
+    """Stock tensors as they were before any edit, of those that the log keeps no copy of."""
+    found: dict[str, Tensor] = {}
+    shared: dict[str, Any] = {}
+    for operation in reversed(record.operations):
+        passes = passes_of(operation)
+        context = ApplyContext(0, operation.kept, shared=shared)
+        for edit in reversed(operation.edits):
+            found.update(passes[edit.rule].originals(model, edit, context))
+    return found
+
+
 def note_state(model: nn.Module, record: Record) -> None:
     """Write into the log what was switched since the edits were applied, before it is saved."""
     for operation in record.operations:
@@ -132,33 +145,34 @@ def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
                 f"last={last} is out of range: {len(record.operations)} applications can be undone"
             )
         going = list(reversed(record.operations))[:count]
+        shared: dict[str, Any] = {}
         for operation in going:
-            _check_revertible(model, operation)
+            _check_revertible(model, operation, shared)
         check_unguardable(model)
         for operation in going:
-            _revert(model, operation)
+            _revert(model, operation, shared)
             left = Record(record.operations[: record.operations.index(operation)])
             set_record(model, left)
             guard(model, left.edits)
         return model
 
 
-def _check_revertible(model: nn.Module, operation: Operation) -> None:
+def _check_revertible(model: nn.Module, operation: Operation, shared: dict[str, Any]) -> None:
     lasting = [edit for edit in operation.edits if not edit.reversible]
     if lasting:
         raise ModelStateError(
             f"rule {lasting[0].rule!r} changed {lasting[0].site} for good ({lasting[0].summary})",
             hint="it was applied with keep_base: none; load the original model again",
         )
-    context = ApplyContext(0, operation.kept)
+    context = ApplyContext(0, operation.kept, shared=shared)
     passes = passes_of(operation)
     for edit in operation.edits:
         passes[edit.rule].check_revertible(model, edit, context)
 
 
-def _revert(model: nn.Module, operation: Operation) -> None:
+def _revert(model: nn.Module, operation: Operation, shared: dict[str, Any]) -> None:
     passes = passes_of(operation)
-    context = ApplyContext(0, operation.kept)
+    context = ApplyContext(0, operation.kept, shared=shared)
     for edit in reversed(operation.edits):
         passes[edit.rule].revert(model, edit, context)
     parameters = dict(named_parameters(model))

@@ -1,7 +1,29 @@
 """Low-rank adapters: one published method per file."""
 
 from architectures.adapters.base import Adapter, Init, Matrix, Method, NoOptions
+from architectures.adapters.dora import DoRA
 from architectures.adapters.lora import LoRA
+from architectures.adapters.nora import NoRA, NoRAPlus
+from architectures.adapters.olora import OLoRA
+from architectures.adapters.pissa import PiSSA
+from architectures.adapters.scalora import ScaLoRA
 from architectures.adapters.sliced import Ranges, Sliced
+from architectures.adapters.sorsa import SORSA
 
-__all__ = ["Adapter", "Init", "LoRA", "Matrix", "Method", "NoOptions", "Ranges", "Sliced"]
+__all__ = [
+    "SORSA",
+    "Adapter",
+    "DoRA",
+    "Init",
+    "LoRA",
+    "Matrix",
+    "Method",
+    "NoOptions",
+    "NoRA",
+    "NoRAPlus",
+    "OLoRA",
+    "PiSSA",
+    "Ranges",
+    "ScaLoRA",
+    "Sliced",
+]

@@ -96,6 +96,11 @@ class Adapter(nn.Module, ABC):
         """``A`` (*stack, rank, columns) and ``B`` (*stack, rows, rank)."""
 
     @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that it consists of, each with tensors of its own."""
+        return ()
+
+    @property
     def beginning(self) -> Adapter | None:
         """What was taken out of the weight at the start, as an adapter; None if nothing was."""
         return None
@@ -108,6 +113,16 @@ class Adapter(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not scale rows")
 
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """``scaling · B A``, ``(*stack, rows, columns)``.
+
+        Args:
+            dtype: What to compute in; the dtype of the factors by default.
+        """
+        A, B = self.factors()
+        product = B @ A if dtype is None else B.to(dtype) @ A.to(dtype)
+        return product * self.scaling
+
     def change(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``W' - W``, both ``(*stack, rows, columns)``.
 
@@ -115,9 +130,7 @@ class Adapter(nn.Module, ABC):
             weight: The base weight ``W``.
             dtype: What to compute in; the dtype of the factors by default.
         """
-        A, B = self.factors()
-        product = B @ A if dtype is None else B.to(dtype) @ A.to(dtype)
-        delta = product * self.scaling
+        delta = self.delta(dtype)
         if not self.scales_rows:
             return delta
         return self.gain(weight).unsqueeze(-1) * (weight + delta) - weight
@@ -143,6 +156,8 @@ class Method(Adapter):
     Attributes:
         initial_A: What A was at the start, a buffer; only where ``changes_base`` says so.
         initial_B: The same of B.
+        folded: Whether training has changed the base weight, a buffer of 0 or 1; only where
+            ``folds_weight`` is set. The factors are of no use beside the original weight then.
     """
 
     #: The method's own options: a frozen dataclass from the standard library whose fields all
@@ -157,14 +172,15 @@ class Method(Adapter):
     reads_weight: ClassVar[bool] = False
     #: Whether ``start`` gives a new base weight, so that undo needs a copy of the old one.
     changes_weight: ClassVar[bool] = False
-    #: Whether training adds to the base weight: undo needs a copy of it, and a quantised weight
-    #: does not allow it. The start is that of any other method.
+    #: Whether training adds to the base weight: undo needs a copy of it, and a quantised or a
+    #: shared weight does not allow it. The start is that of any other method.
     folds_weight: ClassVar[bool] = False
 
     lora_A: nn.Parameter  # noqa: N815 - the name in every checkpoint
     lora_B: nn.Parameter  # noqa: N815 - the same
     initial_A: Tensor  # noqa: N815 - the same
     initial_B: Tensor  # noqa: N815 - the same
+    folded: Tensor
 
     def __init__(
         self,
@@ -199,6 +215,8 @@ class Method(Adapter):
     @classmethod
     def constants(cls, matrix: Matrix, rank: int, options: Any) -> dict[str, tuple[int, ...]]:
         """Name → shape of every tensor that is saved and not trained."""
+        if cls.folds_weight:
+            return {"folded": ()}
         if not cls.changes_base(options):
             return {}
         return {
@@ -252,9 +270,26 @@ class Method(Adapter):
         return torch.sub(weight.to(wide), taken, alpha=self.scaling).to(weight.dtype)
 
     @property
+    def methods(self) -> tuple[Method, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
     def beginning(self) -> Adapter | None:
         """What was taken out of the weight at the start, as an adapter; None if nothing was."""
         return self._begun[0] if self._begun else None
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Factors of a LoRA of the same scaling on the original weight.
+
+        Of a method that split the weight they have rank 2 r: ``[A; -A₀]`` (*stack, 2 r, columns)
+        and ``[B, B₀]`` (*stack, rows, 2 r).
+        """
+        A, B = self.factors()
+        if not self._begun:
+            return A, B
+        before_A, before_B = self._begun[0].factors()
+        return torch.cat([A, -before_A], dim=-2), torch.cat([B, before_B], dim=-1)
 
     def penalty(self) -> Tensor | None:
         """A term for the loss, a scalar, or None."""

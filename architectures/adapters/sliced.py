@@ -33,9 +33,15 @@ class Sliced(Adapter):
             self.add_module(name, adapter)
             self.scaling = adapter.scaling
             self.dropout = adapter.dropout
+            self.scales_rows = adapter.scales_rows
         begins = any(adapter.beginning is not None for _, adapter in parts.values())
         # In a tuple: it is no child, its tensors are those of the slices.
         self._begun = (_Beginnings(self),) if begins else ()
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """One for each slice."""
+        return tuple(method for _, method in self.parts.values())
 
     @property
     def beginning(self) -> Adapter | None:
@@ -53,6 +59,19 @@ class Sliced(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """``A`` (slices · rank, columns) and ``B`` (rows, slices · rank)."""
         return _stacked(self.parts.values(), self.rows)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """That of each slice in its rows, and one elsewhere; ``(rows,)``.
+
+        Args:
+            weight: The base weight as ``(rows, columns)``.
+        """
+        gains = [
+            _spread(adapter.gain(torch.cat([weight[a:b] for a, b in ranges])), ranges, self.rows, 1)
+            for ranges, adapter in self.parts.values()
+        ]
+        # Slices do not overlap: in each row all factors but one are 1.
+        return torch.stack(gains).prod(0)
 
 
 class _Beginnings(Adapter):
@@ -85,13 +104,13 @@ def _stacked(parts: Iterable[tuple[Ranges, Adapter]], rows: int) -> tuple[Tensor
     return torch.cat(As), torch.cat(Bs, dim=1)
 
 
-def _spread(B: Tensor, ranges: Ranges, rows: int) -> Tensor:
-    """``B`` (rows of the slice, rank) put into its rows of a zero (rows, rank)."""
+def _spread(B: Tensor, ranges: Ranges, rows: int, elsewhere: float = 0) -> Tensor:
+    """``B`` (rows of the slice, ...) put into its rows of a constant (rows, ...)."""
     pieces: list[Tensor] = []
     at, taken = 0, 0
     for start, stop in ranges:
-        pieces.append(B.new_zeros(start - at, B.shape[1]))
+        pieces.append(B.new_full((start - at, *B.shape[1:]), elsewhere))
         pieces.append(B[taken : taken + stop - start])
         at, taken = stop, taken + stop - start
-    pieces.append(B.new_zeros(rows - at, B.shape[1]))
+    pieces.append(B.new_full((rows - at, *B.shape[1:]), elsewhere))
     return torch.cat(pieces)

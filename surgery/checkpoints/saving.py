@@ -21,7 +21,7 @@ from surgery.checkpoints import base_weights, generation, manifest, tensorfile
 from surgery.checkpoints.inventory import Inventory, check_storable, memory_order, take
 from surgery.checkpoints.manifest import Base, FileEntry, Manifest, TensorEntry
 from surgery.checkpoints.swap import replacing
-from surgery.editing import note_state
+from surgery.editing import note_state, originals
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, record_of
 from surgery.rules import Recipe
@@ -167,7 +167,7 @@ def _adapter(model: nn.Module, record: Record) -> _Content:
     found = take(model)
     inserted = inserted_names(record)
     state = {name: tensor for name, tensor in found.state.items() if name in inserted}
-    stock = base_weights.digests(stock_tensors(found, record))
+    stock = base_weights.digests(stock_tensors(model, found, record))
     return _Content("adapter", state, base=stock)
 
 
@@ -187,12 +187,13 @@ def inserted_names(record: Record) -> set[str]:
     return {name for edit in record.edits for name in edit.adds}
 
 
-def stock_tensors(found: Inventory, record: Record) -> dict[str, Tensor]:
+def stock_tensors(model: nn.Module, found: Inventory, record: Record) -> dict[str, Tensor]:
     """The stock tensors of a rewritten model, as they were before any pass changed them."""
     inserted = inserted_names(record)
     stock = {name: tensor for name, tensor in found.state.items() if name not in inserted}
     for operation in reversed(record.operations):
         stock.update({name: kept for name, kept in operation.kept.items() if name in stock})
+    stock.update(originals(model, record))
     return stock
 
 

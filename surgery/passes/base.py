@@ -163,6 +163,12 @@ class Pass(ABC):
         """
         return
 
+    def originals(
+        self, model: nn.Module, edit: Edit, context: ApplyContext
+    ) -> Mapping[str, torch.Tensor]:
+        """Name → stock tensor as it was before the edit, where the log keeps no copy of it."""
+        return {}
+
     def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
         """Whether the stock tensors alone now compute what the site computes, as after a merge.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from architectures.adapters import Adapter, Matrix, Method, Ranges, Sliced
 from surgery.capture.graft import check_graftable, grafts
-from surgery.errors import ModelStateError, RuleError
+from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.hosts import (
+    BEFORE_MERGE,
     CHILD,
     HOSTS,
     Bank,
@@ -47,6 +49,7 @@ from surgery.rules import invalid, options
 from surgery.rules.explain import Problem
 from surgery.rules.strict import option_names, problem_error
 from surgery.select import Match, Site
+from surgery.sources.again import load_again, why_not_again
 from surgery.tree import named_modules, named_parameters, own_parameters
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -173,6 +176,30 @@ class LowRank(Pass):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
 
+    @property
+    def kind(self) -> type[Method]:
+        """The method."""
+        return method_named(self.method)
+
+    @property
+    def splits(self) -> bool:
+        """Whether adapters start as a part of the weight, which is taken out of it."""
+        return self.kind.changes_base(self.made_with)
+
+    @property
+    def _touches(self) -> str:
+        """What the method does with the values of the weight, in a word; empty if nothing."""
+        if self.splits or self.kind.folds_weight:
+            return "changes"
+        return "reads" if self.kind.reads_weight or self.kind.scales_rows else ""
+
+    @property
+    def summary(self) -> str:
+        """What is done to a site, in a few words."""
+        parts = "" if self.slices is None else f" on {', '.join(self.slices)}"
+        named = "" if self.adapter == "default" else f" {self.adapter!r}"
+        return f"{self.method}{named} r={self.rank}{parts}, scaled by {self.factor:g}"
+
     def accepts(self, site: Site) -> Match:
         """Whether the site has a weight of two or more dimensions that some host can carry."""
         found = hosting_of(site.module, site.parameter, read_outside=False)
@@ -219,12 +246,15 @@ class LowRank(Pass):
                     f"{place.path} no longer has its adapter {self.adapter!r}",
                     hint="it was removed by other means than surgery.undo",
                 )
-            if bank.merged and not bank.copied:
+            merged = bank.merged is not None and bool(bank.contributions(bank.merged))
+            if merged and not bank.copied:
                 raise ModelStateError(
                     f"adapters were merged into {_join(place.path, place.parameter)} without "
                     "keeping a copy, so it cannot be put back bit for bit",
                     hint="call surgery.adapters.unmerge(model) first, which subtracts them",
                 )
+            if self.adapter in bank.originals:
+                self.original(model, edit, context)
 
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Add the adapter to the bank of the weight, and the bank to every user of the weight."""
@@ -234,10 +264,11 @@ class LowRank(Pass):
             if HOSTS[place.host] not in grafts(module):
                 check_graftable(module, place.path)
         first = modules[0]
+        weight = own_parameters(first).get(places[0].parameter)
+        original = None if context.values_follow else self._digest(weight)
         adapter = self._build(edit, first, context).train(first.training)
         bank = bank_of(first, places[0].parameter)
         if bank is None:
-            weight = own_parameters(first).get(places[0].parameter)
             trained = weight is not None and weight.requires_grad
             bank = Bank(
                 _matrix_of(edit),
@@ -248,6 +279,10 @@ class LowRank(Pass):
             )
             bank.train(first.training)
         bank.add_module(self.adapter, adapter)
+        if original is not None:
+            bank.originals[self.adapter] = original
+        if not context.values_follow and any(each.is_meta for each in adapter.parameters()):
+            bank.pending |= {self.adapter}
         # What counted before goes on counting: applying changes nothing in what is computed.
         bank.active = (*bank.active, (self.adapter, 1.0))
         for module, place in zip(modules, places, strict=True):
@@ -262,9 +297,14 @@ class LowRank(Pass):
         weight = own_parameters(modules[0]).get(places[0].parameter)
         if bank.merged is not None and weight is not None:
             take_out(weight, bank, _forget_kept(model, name) if bank.copied else None)
-        if name in context.kept and weight is not None:
-            weight.data.copy_(context.kept.pop(name))
+        if weight is not None and (name in context.kept or self.adapter in bank.originals):
+            weight.data.copy_(self.original(model, edit, context))
+            context.kept.pop(name, None)
+            bank.originals.pop(self.adapter, None)
+        elif not edit.reversible and weight is not None:
+            _give_back(weight, edit, bank.adapters[self.adapter])
         bank.active = tuple(pair for pair in bank.active if pair[0] != self.adapter)
+        bank.pending -= {self.adapter}
         if len(bank.adapters) > 1:
             del bank.adapters[self.adapter]
             return
@@ -273,45 +313,93 @@ class LowRank(Pass):
 
     def settle(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take out of the weight what the adapter started from; its factors are loaded."""
-        if not method_named(self.method).changes_base(self.made_with):
-            return
         place = _places(edit)[0]
-        module = context.module(model, place.path)
-        weight = own_parameters(module).get(place.parameter)
-        bank = cast("Bank", bank_of(module, place.parameter))
-        if weight is None or bank.merged is not None:
+        weight = own_parameters(context.module(model, place.path)).get(place.parameter)
+        bank = self.bank(model, edit, context)
+        if not self.splits or weight is None or bank.merged is not None:
             return
         self._keep(edit, weight, context)
-        adapter = bank.adapters[self.adapter]
-        parts = adapter.parts.values() if isinstance(adapter, Sliced) else ((None, adapter),)
-        methods = [cast("Method", method) for _, method in parts]
+        if (original := self._digest(weight)) is not None:
+            bank.originals[self.adapter] = original
+        methods = bank.adapters[self.adapter].methods
         rows = _rows_of(weight, edit)
         left = [m.without_beginning(base) for m, base in zip(methods, rows, strict=True)]
         _write_rows(weight, edit, left)
 
+    def bank(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Bank:
+        """The bank that an applied edit put its adapter into."""
+        place = _places(edit)[0]
+        return cast("Bank", bank_of(context.module(model, place.path), place.parameter))
+
+    def original(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Tensor:
+        """The weight of an applied edit as it was before: the copy, or read from the source.
+
+        Raises:
+            ModelStateError: there is no copy, or the source holds another weight now.
+            SourceError: the source cannot be reached.
+        """
+        place = _places(edit)[0]
+        name = _join(place.path, place.parameter)
+        if name in context.kept:
+            return context.kept[name]
+        digest = self.bank(model, edit, context).originals.get(self.adapter)
+        if digest is None:
+            raise ModelStateError(
+                f"no copy of the original weight of {edit.site} was kept",
+                hint="apply with keep_base: memory or source",
+            )
+        if "source" not in context.shared:
+            context.shared["source"] = load_again(model)
+        found: Tensor | None = context.shared["source"].get(name)
+        weight = own_parameters(context.module(model, place.path))[place.parameter]
+        if found is None or digest_of(found.to(weight.dtype)) != digest:
+            raise ModelStateError(
+                f"the source of the model no longer holds the weight of {edit.site} that "
+                f"{self.method!r} started from",
+                hint="load the model again",
+            )
+        return found.to(weight.device, weight.dtype)
+
+    def put_original(
+        self, model: nn.Module, edit: Edit, original: Tensor, kept: dict[str, Tensor]
+    ) -> None:
+        """Give a weight its original values for good; the copy for undo is given up."""
+        context = ApplyContext(0)
+        place = _places(edit)[0]
+        weight = own_parameters(context.module(model, place.path))[place.parameter]
+        weight.data.copy_(original)
+        kept.pop(_join(place.path, place.parameter), None)
+        self.bank(model, edit, context).originals.pop(self.adapter, None)
+
+    def originals(
+        self, model: nn.Module, edit: Edit, context: ApplyContext
+    ) -> Mapping[str, Tensor]:
+        """The original weight, where it is to be read again from the source."""
+        if self.adapter not in self.bank(model, edit, context).originals:
+            return {}
+        place = _places(edit)[0]
+        return {_join(place.path, place.parameter): self.original(model, edit, context)}
+
     def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any]:
         """The adapter's share in what is active, and in what is merged if anything is."""
-        place = _places(edit)[0]
-        bank = cast("Bank", bank_of(context.module(model, place.path), place.parameter))
+        bank = self.bank(model, edit, context)
         return {
             "active": dict(bank.active).get(self.adapter),
             "merged": bank.merged is not None,
             "share": dict(bank.merged or ()).get(self.adapter),
             "copied": bank.copied,
+            "original": bank.originals.get(self.adapter),
         }
 
     def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
         """Whether adapters are merged into the weight: the host adds nothing then."""
-        place = _places(edit)[0]
-        bank = cast("Bank", bank_of(context.module(model, place.path), place.parameter))
-        return bank.merged is not None
+        return self.bank(model, edit, context).merged is not None
 
     def resume(
         self, model: nn.Module, edit: Edit, state: Mapping[str, Any], context: ApplyContext
     ) -> None:
         """Set the shares as they were. The weights come merged from the checkpoint."""
-        place = _places(edit)[0]
-        bank = cast("Bank", bank_of(context.module(model, place.path), place.parameter))
+        bank = self.bank(model, edit, context)
         bank.active = tuple(pair for pair in bank.active if pair[0] != self.adapter)
         if state["active"] is not None:
             bank.active = (*bank.active, (self.adapter, state["active"]))
@@ -319,12 +407,14 @@ class LowRank(Pass):
             added = () if state["share"] is None else ((self.adapter, state["share"]),)
             bank.merged = (*(bank.merged or ()), *added)
         bank.copied = state["copied"]
+        if state.get("original") is not None:  # absent in logs of version 0.1
+            bank.originals[self.adapter] = state["original"]
 
     def _edit(self, site: Site, uses: tuple[Use, ...], context: PlanContext) -> Edit:
         hosting = uses[0].hosting
-        method, made_with = method_named(self.method), self.made_with
-        changes = method.changes_base(made_with)
         self._check(site, uses)
+        self._check_source(context)
+        self._check_others(uses[0], context)
         slices = self._slices(site, context)
         dtype = self.dtype or str(hosting.dtype).removeprefix("torch.")
         weight = _join(uses[0].path, hosting.parameter)
@@ -333,19 +423,17 @@ class LowRank(Pass):
         adds: dict[str, TensorSpec] = {}
         for name, matrix in _parts(prefix, hosting.matrix, slices):
             self._check_rank(site, matrix)
-            for tensor, shape in method.tensors(matrix, self.rank).items():
-                adds[f"{name}.{tensor}"] = TensorSpec(shape, dtype)
-            for tensor, shape in method.constants(matrix, self.rank, made_with).items():
-                adds[f"{name}.{tensor}"] = TensorSpec(shape, dtype, trainable=False)
+            adds.update(self._specs(name, matrix, dtype))
         return Edit(
             rule=context.rule,
             pass_name=self.name,
             site=weight if uses[0].bare else uses[0].path,
-            summary=self._summary(),
+            summary=self.summary,
             adds=adds,
             uses={weight: "extend", prefix: "replace"},
-            contract=_CLOSE[hosting.dtype] if changes else Contract("exact"),
+            contract=_CLOSE[hosting.dtype] if self.splits else Contract("exact"),
             payload={
+                "method": self.method,
                 "prefix": prefix,
                 "places": [
                     [use.path, use.hosting.parameter, use.hosting.host, use.bare] for use in uses
@@ -355,12 +443,36 @@ class LowRank(Pass):
                 "slices": {name: [list(pair) for pair in pairs] for name, pairs in slices.items()},
             },
             notes=self._notes(site, uses),
-            reversible=self.keep_base != "none" or not (changes or method.folds_weight),
+            reversible=self.keep_base != "none" or self._touches != "changes",
         )
+
+    def edited(self, edit: Edit) -> Edit:
+        """An edit of another method at the same place, as this one would have planned it."""
+        matrix, slices = _matrix_of(edit), _slices_of(edit)
+        adds: dict[str, TensorSpec] = {}
+        for name, part in _parts(edit.payload["prefix"], matrix, slices):
+            adds.update(self._specs(name, part, edit.payload["dtype"]))
+        return dataclasses.replace(
+            edit,
+            summary=self.summary,
+            adds=adds,
+            contract=Contract("exact"),
+            payload={**edit.payload, "method": self.method},
+            reversible=True,
+        )
+
+    def _specs(self, prefix: str, matrix: Matrix, dtype: str) -> dict[str, TensorSpec]:
+        """Name → spec of the tensors of one adapter."""
+        tensors = self.kind.tensors(matrix, self.rank)
+        constants = self.kind.constants(matrix, self.rank, self.made_with)
+        adds = {f"{prefix}.{name}": TensorSpec(shape, dtype) for name, shape in tensors.items()}
+        for name, shape in constants.items():
+            adds[f"{prefix}.{name}"] = TensorSpec(shape, dtype, trainable=False)
+        return adds
 
     def _check(self, site: Site, uses: tuple[Use, ...]) -> None:
         """Raise if an option does not suit one of the uses of the site's weight."""
-        method, made_with = method_named(self.method), self.made_with
+        method = self.kind
         if self.init != "kaiming" and self.init not in method.inits:
             raise RuleError(
                 f"method {self.method!r} does not draw its factors, so init: {self.init} means "
@@ -375,7 +487,7 @@ class LowRank(Pass):
                     f"dropout {self.dropout:g} could drop",
                     hint="give this site a rule of its own with dropout: 0",
                 )
-            if not use.hosting.readable and (how := _touches(method, made_with)):
+            if not use.hosting.readable and (how := self._touches):
                 raise RuleError(
                     f"method {self.method!r} {how} the weight, and that of {_label(use)} is "
                     "quantised or parametrised",
@@ -389,6 +501,51 @@ class LowRank(Pass):
                 )
         if self.slices and uses[0].hosting.matrix.stack:
             raise RuleError(f"{site.path} holds a stack of matrices, which has no slices")
+
+    def _check_source(self, context: PlanContext) -> None:
+        """Raise if the weights are to be read again and cannot be."""
+        if self.keep_base != "source" or self._touches != "changes":
+            return
+        why = why_not_again(context.model)
+        if why is not None:
+            raise RuleError(
+                f"keep_base: source reads the weights again to undo method {self.method!r}, but "
+                f"{why}",
+                hint="load the model with surgery.load, or use keep_base: memory",
+            )
+
+    def _check_others(self, use: Use, context: PlanContext) -> None:
+        """Raise if the method does not go together with what is beside the weight already."""
+        touches = self._touches
+        bank = bank_of(use.module, use.hosting.parameter)
+        if touches and bank is not None and bank.merged is not None:
+            raise Conflict(
+                f"method {self.method!r} {touches} the weight of {_label(use)}, into which "
+                "adapters are merged",
+                hint="call surgery.adapters.unmerge(model) first",
+            )
+        weight = _join(use.path, use.hosting.parameter)
+        planned = [
+            method_named(edit.payload["method"])
+            for edit in context.earlier
+            if weight in edit.uses and "method" in edit.payload
+        ]
+        scaling = any(method.scales_rows for method in planned)
+        present = () if bank is None else bank.adapters.values()
+        if touches == "changes" and (scaling or any(each.scales_rows for each in present)):
+            raise Conflict(
+                f"method {self.method!r} changes the weight of {_label(use)}, beside which another "
+                "adapter measures the norms of its rows",
+                hint="put the other one in afterwards",
+            )
+        changed = any(method.changes_weight or method.folds_weight for method in planned)
+        before = changed or any(each.beginning is not None for each in present)
+        if touches == "changes" and self.keep_base == "source" and before:
+            raise Conflict(
+                f"another adapter changes the weight of {_label(use)} too, so what "
+                f"{self.method!r} starts from cannot be read again from the source",
+                hint="use keep_base: memory",
+            )
 
     def _check_rank(self, site: Site, matrix: Matrix) -> None:
         if self.rank > matrix.max_rank:
@@ -413,13 +570,14 @@ class LowRank(Pass):
             )
         return {name: _ranges(role.slices[name]) for name in self.slices}
 
-    def _summary(self) -> str:
-        parts = "" if self.slices is None else f" on {', '.join(self.slices)}"
-        named = "" if self.adapter == "default" else f" {self.adapter!r}"
-        return f"{self.method}{named} r={self.rank}{parts}, scaled by {self.factor:g}"
-
     def _notes(self, site: Site, uses: tuple[Use, ...]) -> tuple[str, ...]:
         notes: list[str] = []
+        weight = own_parameters(uses[0].module).get(uses[0].hosting.parameter)
+        if weight is not None and weight.is_meta and self._touches:
+            notes.append(
+                f"{self.method} starts from the weight, which is on the meta device: call "
+                "surgery.adapters.start(model) once its values are there"
+            )
         if len(uses) > 1:
             paths = " and ".join(_label(use) for use in uses)
             notes.append(f"{paths} share one weight: one adapter serves all, and the tie stays")
@@ -433,9 +591,8 @@ class LowRank(Pass):
     def _build(self, edit: Edit, module: nn.Module, context: ApplyContext) -> Adapter:
         """The adapter of an edit, with its first values unless they follow."""
         weight = own_parameters(module).get(_places(edit)[0].parameter)
-        slices = _slices_of(edit)
         made = {
-            name: method_named(self.method)(
+            name: self.kind(
                 matrix,
                 rank=self.rank,
                 scaling=self.factor,
@@ -444,17 +601,38 @@ class LowRank(Pass):
                 device=_device(module, weight),
                 dtype=getattr(torch, edit.payload["dtype"]),
             )
-            for name, matrix in _parts(edit.payload["prefix"], _matrix_of(edit), slices)
+            for name, matrix in _parts(edit.payload["prefix"], _matrix_of(edit), _slices_of(edit))
         }
         if not context.values_follow:
             self._start(edit, made, weight, context)
-        if not slices:
-            return next(iter(made.values()))
-        parts = {
-            name: (ranges, adapter)
-            for (name, ranges), adapter in zip(slices.items(), made.values(), strict=True)
-        }
-        return Sliced(parts, _matrix_of(edit).rows)
+        return _whole(edit, made)
+
+    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+        """Give an adapter that was put in on the meta device its first values.
+
+        Raises:
+            ModelStateError: the weight or the adapter is still on the meta device, or the weight
+                does not suit the method.
+        """
+        place = _places(edit)[0]
+        module = context.module(model, place.path)
+        weight = own_parameters(module).get(place.parameter)
+        bank = self.bank(model, edit, context)
+        made = bank.adapters[self.adapter].methods
+        tensors = [*bank.adapters[self.adapter].parameters(), *([] if weight is None else [weight])]
+        if any(tensor.is_meta for tensor in tensors):
+            raise ModelStateError(
+                f"{edit.site} is still on the meta device, so its adapter cannot start",
+                hint="call model.to_empty(device=...) and load the weights first",
+            )
+        names = [
+            name for name, _ in _parts(edit.payload["prefix"], _matrix_of(edit), _slices_of(edit))
+        ]
+        original = self._digest(weight)
+        self._start(edit, dict(zip(names, made, strict=True)), weight, context)
+        if original is not None:
+            bank.originals[self.adapter] = original
+        bank.pending -= {self.adapter}
 
     def _start(
         self,
@@ -464,9 +642,7 @@ class LowRank(Pass):
         context: ApplyContext,
     ) -> None:
         """Give the tensors of an edit their first values, and the weight what is left of it."""
-        method, made_with = method_named(self.method), self.made_with
-        changes = method.changes_base(made_with)
-        reads = weight is not None and bool(_touches(method, made_with))
+        reads = weight is not None and bool(self._touches)
         bases = _rows_of(weight, edit) if weight is not None and reads else [None] * len(made)
         left: list[Tensor] = []
         for (name, adapter), base in zip(made.items(), bases, strict=True):
@@ -476,9 +652,9 @@ class LowRank(Pass):
                 left.append(rest)
         if weight is None or weight.is_meta:
             return
-        if changes or method.folds_weight:
+        if self._touches == "changes":
             self._keep(edit, weight, context)
-        if changes:
+        if self.splits:
             _write_rows(weight, edit, left)
 
     def _keep(self, edit: Edit, weight: nn.Parameter, context: ApplyContext) -> None:
@@ -488,12 +664,39 @@ class LowRank(Pass):
         if self.keep_base == "memory" and name not in context.kept:
             context.kept[name] = weight.detach().clone()
 
+    def _digest(self, weight: nn.Parameter | None) -> str | None:
+        """What the weight is known by when it is read again from the source, if it will be."""
+        if self.keep_base != "source" or self._touches != "changes":
+            return None
+        return None if weight is None or weight.is_meta else digest_of(weight.detach())
 
-def _touches(method: type[Method], made_with: Any) -> str:
-    """What a method does with the values of the weight, in a word; empty if nothing."""
-    if method.changes_base(made_with) or method.folds_weight:
-        return "changes"
-    return "reads" if method.reads_weight or method.scales_rows else ""
+
+def digest_of(weight: Tensor) -> str:
+    """The SHA-256 of the values of a tensor."""
+    values = weight.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().data).hexdigest()
+
+
+def _whole(edit: Edit, made: Mapping[str, Method]) -> Adapter:
+    """The adapter of an edit from its methods, one for each slice."""
+    slices = _slices_of(edit)
+    if not slices:
+        return next(iter(made.values()))
+    parts = {
+        name: (ranges, adapter)
+        for (name, ranges), adapter in zip(slices.items(), made.values(), strict=True)
+    }
+    return Sliced(parts, _matrix_of(edit).rows)
+
+
+@torch.no_grad()
+def _give_back(weight: nn.Parameter, edit: Edit, adapter: Adapter) -> None:
+    """Add what an adapter took out of a weight that has no copy: for an apply that failed."""
+    if adapter.beginning is None or weight.is_meta:
+        return
+    matrix = _matrix_of(edit)
+    taken = adapter.beginning.delta(torch.promote_types(weight.dtype, torch.float32))
+    weight.data.copy_(weight + matrix.unfold(taken))
 
 
 def _told_of(edit: Edit, start: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
@@ -619,6 +822,10 @@ def _family(model: nn.Module, context: ApplyContext) -> Family:
 
 
 def _forget_kept(model: nn.Module, name: str) -> Tensor:
-    """The copy of a stock weight that the edit log holds, removed from it."""
+    """The copy of a weight from before merging that the edit log holds, removed from it."""
     operations = cast("Record", record_of(model)).operations
-    return next(each.kept.pop(name) for each in operations if name in each.kept)
+    for key in (name + BEFORE_MERGE, name):
+        for each in operations:
+            if key in each.kept:
+                return each.kept.pop(key)
+    raise KeyError(name)

@@ -7,16 +7,19 @@ the stock module.
 
 from surgery.passes.hosts.attach import Place, attach, check_free, detach
 from surgery.passes.hosts.bank import CHILD, Bank, Banks, Family, Mix, Override, bank_of, overrides
+from surgery.passes.hosts.folding import Fold, has_folded
 from surgery.passes.hosts.hosting import HOSTS, Hosting, hosting_of
-from surgery.passes.hosts.merging import merge_into, mergeable, take_out
+from surgery.passes.hosts.merging import BEFORE_MERGE, merge_into, mergeable, take_out
 from surgery.passes.hosts.uses import Use, Uses
 
 __all__ = [
+    "BEFORE_MERGE",
     "CHILD",
     "HOSTS",
     "Bank",
     "Banks",
     "Family",
+    "Fold",
     "Hosting",
     "Mix",
     "Override",
@@ -27,6 +30,7 @@ __all__ = [
     "bank_of",
     "check_free",
     "detach",
+    "has_folded",
     "hosting_of",
     "merge_into",
     "mergeable",

@@ -84,6 +84,11 @@ class Bank(nn.Module):
         merged: What was added into the weight itself, possibly nothing; hosts add nothing while
             it is set.
         copied: Whether the edit log has a copy of the weight from before merging.
+        originals: Adapter → SHA-256 of the weight from before the adapter changed it, where that is
+            to be read again from the model's source.
+        pending: Adapters without first values: they were put in on the meta device.
+        gains: The factors per row that were merged in, one for each adapter of the sum, None for
+            one that has none: without a copy they are needed to take the adapters out.
     """
 
     def __init__(
@@ -104,6 +109,9 @@ class Bank(nn.Module):
         self.active: Mix = ()
         self.merged: Mix | None = None
         self.copied = False
+        self.originals: dict[str, str] = {}
+        self.pending: frozenset[str] = frozenset()
+        self.gains: tuple[Tensor | None, ...] = ()
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -125,9 +133,23 @@ class Bank(nn.Module):
                 )
             return []
         chosen = self.active if override is None else override.mix
+        return self.contributions(chosen)
+
+    def contributions(self, mix: Mix) -> list[tuple[Adapter, float]]:
+        """What a mix adds to the weight, each adapter with its share.
+
+        An adapter that took its start out of the weight gives it back as far as it does not
+        count, so that without any adapter the weight is the original one.
+        """
         # An adapter may be taken out by another thread at any moment.
-        found = [(self.adapters.get(name), share) for name, share in chosen]
-        return [(adapter, share) for adapter, share in found if adapter is not None]
+        found = [(self.adapters.get(name), share) for name, share in mix]
+        counting = [(adapter, share) for adapter, share in found if adapter is not None]
+        shares = dict(mix)
+        for name, adapter in list(self.adapters.items()):
+            missing = 1.0 - shares.get(name, 0.0)
+            if adapter.beginning is not None and missing:
+                counting.append((adapter.beginning, missing))
+        return counting
 
     def seal(self, result: Tensor, source: Tensor) -> Tensor:
         """Make activation checkpointing notice if the context's mix is gone when it recomputes.

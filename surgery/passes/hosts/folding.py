@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from architectures.adapters import Ranges
+from architectures.adapters import Adapter, Method, Ranges, Sliced
 from surgery.errors import ModelStateError
 from surgery.passes.hosts.bank import Bank
 from surgery.passes.hosts.merging import mergeable
@@ -22,6 +22,7 @@ class Fold:
         path: Its path, for messages.
         bank: The adapters of the weight.
         adapter: Name of the adapter that folds.
+        method: The adapter, or the part of it that belongs to a slice of the weight.
         ranges: The rows of the weight that the adapter belongs to; None for all.
         kept: Where the weight is copied to before it changes for the first time, under ``name``,
             for undo; None to keep no copy.
@@ -31,6 +32,7 @@ class Fold:
     path: str
     bank: Bank
     adapter: str
+    method: Method
     ranges: Ranges | None = None
     kept: dict[str, Tensor] | None = None
 
@@ -67,6 +69,7 @@ class Fold:
         weight = self.weight
         if self.kept is not None and self.name not in self.kept:
             self.kept[self.name] = weight.detach().clone()
+        self.method.folded.fill_(1)
         matrix = self.bank.matrix
         if self.ranges is None and weight.dtype == change.dtype:
             weight.add_(matrix.unfold(change))
@@ -104,3 +107,13 @@ class Fold:
                 "into the weight counts once",
                 hint=f"train it with surgery.adapters.activate(model, {self.adapter!r})",
             )
+
+
+def has_folded(adapter: Adapter) -> bool:
+    """Whether training an adapter has changed the base weight beside it."""
+    parts = adapter.parts.values() if isinstance(adapter, Sliced) else ((None, adapter),)
+    methods = [method for _, method in parts if isinstance(method, Method)]
+    return any(
+        method.folds_weight and not method.folded.is_meta and bool(method.folded)
+        for method in methods
+    )
