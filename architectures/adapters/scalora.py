@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
+from architectures.adapters.base import Init
 from architectures.adapters.lora import LoRA
 
 
@@ -50,3 +54,10 @@ class ScaLoRA(LoRA):
     folds_weight: ClassVar[bool] = True
 
     options: Any
+
+    def start(
+        self, init: Init, generator: torch.Generator | None, weight: Tensor | None
+    ) -> Tensor | None:
+        """Draw A, zero B; nothing is folded yet."""
+        self.folded.zero_()
+        return super().start(init, generator, weight)

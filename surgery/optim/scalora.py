@@ -158,6 +158,7 @@ class ScaLoRA(StepRule):
         """Adapter name → what its last scaling was; one kind per matrix of a stack."""
         return dict(self._kinds)
 
+    @torch.no_grad()
     def before(self, optimizer: Optimizer) -> None:
         """Swap the factors, their gradients and moments, and fold what they let go."""
         since = self.steps - self.warmup
