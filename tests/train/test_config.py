@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from surgery import shipped
 from surgery.errors import ConfigError
@@ -144,7 +145,7 @@ def test_rules_start_at_the_file_that_names_them_and_become_part_of_it(tmp_path:
 def test_shipped_configurations_are_read_and_written_back(name: str, tmp_path: Path):
     config = PretrainConfig.load(shipped.pretraining()[name])
     assert config.name == name
-    assert (config.recipe is not None) == name.endswith("-ancre")
+    assert (config.recipe is not None) == name.endswith(("-ancre", "-ancre-replace"))
     assert PretrainConfig.parse(config.dump()) == config
     path = tmp_path / "again.yaml"
     path.write_text(config.to_yaml())
@@ -154,10 +155,29 @@ def test_shipped_configurations_are_read_and_written_back(name: str, tmp_path: P
 def test_twins_differ_in_their_rules_only():
     configs = shipped.pretraining()
     twins = [name for name in configs if f"{name}-ancre" in configs]
-    assert len(twins) == len(configs) / 2
-    for name in twins:
-        one, other = (_bare(configs[each]) for each in (name, f"{name}-ancre"))
+    others = [f"{name}-ancre" for name in twins] + ["resnet-56-digits-ancre-replace"]
+    assert sorted([*twins, *others]) == sorted(configs)
+    for name in others:
+        one, other = (_bare(configs[each]) for each in (name.partition("-ancre")[0], name))
         assert one == other, name
+
+
+def test_what_takes_the_place_of_shortcuts_keeps_a_resnet_from_growing():
+    import surgery
+
+    sizes: dict[str, float] = {}
+    for name in ("resnet-56-digits", "resnet-56-digits-ancre", "resnet-56-digits-ancre-replace"):
+        config = PretrainConfig.load(shipped.pretraining()[name])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = surgery.load(config.model.source, config=config.model.config)
+        if config.recipe is not None:
+            surgery.apply(model, config.recipe, example=torch.zeros(2, 1, 8, 8))
+        images = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            sizes[name.removeprefix("resnet-56-digits")] = float(model.train()(images).std())
+    assert sizes["-ancre"] > 100 * sizes[""]
+    assert sizes["-ancre-replace"] < 2 * sizes[""]
 
 
 def _bare(path: Path) -> dict[str, Any]:
@@ -215,7 +235,7 @@ def test_diffusion_models_follow_the_paper(name: str):
 
 
 # GaLore's recipes train the same models.
-REWIRED = [n for n in shipped.pretraining() if n.endswith("-ancre") and "galore" not in n]
+REWIRED = [n for n in shipped.pretraining() if "-ancre" in n and "galore" not in n]
 
 
 @pytest.mark.parametrize("name", REWIRED)
