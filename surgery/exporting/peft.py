@@ -28,8 +28,8 @@ from surgery.verification.baseline import undone
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-#: What PEFT raises where it cannot wrap a layer, and a model whose layer it wrapped.
-_FAILURES = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+#: What libraries raise where they cannot load something, or run what they loaded.
+FAILURES = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @options
@@ -118,10 +118,10 @@ def _by_peft(model: nn.Module, folder: Path, example: Example) -> dict[str, Tens
     from peft import PeftModel
 
     try:
-        with _quiet():
+        with quiet():
             loaded = cast("Any", PeftModel).from_pretrained(model, str(folder))
             return outputs(cast("nn.Module", loaded).eval(), example)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ExportError(
             f"peft {version('peft')} does not load or run the adapter: "
             f"{type(error).__name__}: {error}",
@@ -131,7 +131,7 @@ def _by_peft(model: nn.Module, folder: Path, example: Example) -> dict[str, Tens
 
 def _write_config(config: PeftConfig, work: Path) -> None:
     """Write it as PEFT does, with the sets in it in order."""
-    with _quiet():
+    with quiet():
         cast("Any", config).save_pretrained(str(work))
     path = work / CONFIG
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def _write_config(config: PeftConfig, work: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """PEFT warns of what its users may not have meant, such as tied layers; here it is meant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

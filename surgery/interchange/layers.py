@@ -19,33 +19,11 @@ from architectures.adapters import Adapter, Matrix, Method
 from surgery.adapters import active, merged, names
 from surgery.errors import ExportError
 from surgery.passes.base import passes_of
-from surgery.passes.hosts import Bank, bank_of
+from surgery.passes.hosts import Bank, Place, bank_of
 from surgery.passes.lowrank import LowRank
 from surgery.record import Edit, Record, record_of
 from surgery.registry import ADAPTERS, suggest
 from surgery.tree import joined, own_parameters
-
-
-@dataclass(frozen=True)
-class Place:
-    """One module's use of an adapted weight, as the edit log has it.
-
-    Attributes:
-        path: Path of the module.
-        parameter: Name of the weight in it.
-        host: How the module carries the adapter: a key of ``surgery.passes.hosts.HOSTS``.
-        bare: Whether the weight is a parameter of a module that is no single layer.
-    """
-
-    path: str
-    parameter: str
-    host: str
-    bare: bool
-
-    @property
-    def site(self) -> str:
-        """What a rule calls it: the module, or the bare parameter."""
-        return joined(self.path, self.parameter) if self.bare else self.path
 
 
 @dataclass(frozen=True)
@@ -88,6 +66,11 @@ class Layer:
 def places_of(edit: Edit) -> list[Place]:
     """Every module that an edit of ``lowrank`` gave the adapter to."""
     return [Place(*each) for each in edit.payload["places"]]
+
+
+def site_of(place: Place) -> str:
+    """What a rule calls a place: the module, or the parameter of one that is no single layer."""
+    return joined(place.path, place.parameter) if place.bare else place.path
 
 
 def matrix_of(edit: Edit) -> Matrix:
@@ -227,7 +210,7 @@ def _magnitude(
         return None
     if share != 1.0:
         raise ExportError(
-            f"the adapter at {place.site} counts with a share of {share:g}, and scaled rows "
+            f"the adapter at {site_of(place)} counts with a share of {share:g}, and scaled rows "
             "(DoRA) have no shares",
             hint="activate it alone: surgery.adapters.activate(model, NAME)",
         )

@@ -17,7 +17,8 @@ from surgery.errors import CheckpointError, NoMatch, RuleError
 from surgery.interchange import folder as files
 from surgery.interchange import layout
 from surgery.interchange.folder import Entry, Source
-from surgery.interchange.layers import Place, matrix_of, places_of
+from surgery.interchange.layers import matrix_of, places_of, site_of
+from surgery.passes.hosts import Place
 from surgery.passes.lowrank import LowRank
 from surgery.planning import Plan, plan
 from surgery.record import Edit
@@ -309,20 +310,20 @@ def _values(
     values: dict[str, Tensor] = {}
     for edit in planned.edits:
         uses = places_of(edit)
-        missing = [use.site for use in uses if use.site not in by_site]
+        missing = [site_of(use) for use in uses if site_of(use) not in by_site]
         if missing:
-            present = next(use.site for use in uses if use.site in by_site)
+            present = next(site_of(use) for use in uses if site_of(use) in by_site)
             raise CheckpointError(
                 f"{source.where} adapts {present} and not {missing[0]}, which share one weight in "
                 "this model",
                 hint="untie them first, for example with tie_word_embeddings=False in the config",
             )
-        read = [_read(model, source, edit, use, by_site[use.site]) for use in uses]
+        read = [_read(model, source, edit, use, by_site[site_of(use)]) for use in uses]
         for use, other in zip(uses[1:], read[1:], strict=True):
             if any(not torch.equal(read[0][name], other[name]) for name in read[0]):
                 raise CheckpointError(
-                    f"{source.where} adapts {uses[0].site} and {use.site} in different ways, which "
-                    "share one weight in this model",
+                    f"{source.where} adapts {site_of(uses[0])} and {site_of(use)} in different "
+                    "ways, which share one weight in this model",
                     hint="untie them first, for example with tie_word_embeddings=False",
                 )
         values |= read[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import ExportError
 from surgery.interchange import layout
 from surgery.interchange.folder import WRAPPED
-from surgery.interchange.layers import Layer
+from surgery.interchange.layers import Layer, site_of
 from surgery.interchange.layout import Kind
 from surgery.passes.hosts import CHILD
 from surgery.tree import joined, named_modules, named_parameters, own_buffers, own_parameters
@@ -117,7 +117,8 @@ def _laid_out(each: _Wrapped) -> dict[str, Tensor]:
 
 def _inexpressible(layer: Layer, error: ValueError) -> ExportError:
     return ExportError(
-        f"PEFT has no adapter for {layer.place.site} that computes the same: {error}", hint=_MERGED
+        f"PEFT has no adapter for {site_of(layer.place)} that computes the same: {error}",
+        hint=_MERGED,
     )
 
 
@@ -126,9 +127,9 @@ def _refuse_mixed_methods(layers: Sequence[Layer]) -> None:
     if scaled and len(scaled) < len(layers):
         plain = next(layer for layer in layers if layer.magnitude is None)
         raise ExportError(
-            f"the adapter scales the rows of {scaled[0].place.site} ({scaled[0].method}) and not "
-            f"those of {plain.place.site} ({plain.method}); of an adapter of PEFT all layers do, "
-            "or none",
+            f"the adapter scales the rows of {site_of(scaled[0].place)} ({scaled[0].method}) and "
+            f"not those of {site_of(plain.place)} ({plain.method}); of an adapter of PEFT all "
+            "layers do, or none",
             hint="give the two rules adapters of different names, and export each",
         )
 
