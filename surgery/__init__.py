@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     )
     from surgery.sources import Example, load
     from surgery.train.config import PretrainConfig
+    from surgery.train.finetune.config import FinetuneConfig
+    from surgery.train.finetune.run import finetune
     from surgery.train.run import pretrain
     from surgery.verification import Report, verify
 
@@ -104,6 +106,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "surgery.sources": ("Example", "load"),
     "surgery.train.config": ("PretrainConfig",),
+    "surgery.train.finetune.config": ("FinetuneConfig",),
+    "surgery.train.finetune.run": ("finetune",),
     "surgery.train.run": ("pretrain",),
     "surgery.verification": ("Report", "verify"),
 }
@@ -121,6 +125,7 @@ __all__ = [
     "Example",
     "ExportError",
     "Exported",
+    "FinetuneConfig",
     "Freeze",
     "Inspection",
     "Layers",
@@ -147,6 +152,7 @@ __all__ = [
     "apply",
     "capture",
     "export",
+    "finetune",
     "inspect",
     "load",
     "load_adapter",

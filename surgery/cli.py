@@ -8,7 +8,7 @@ interrupted, and one per error class of ``surgery.errors``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.exporting import Fit
+    from surgery.train.loop import Tell
+    from surgery.train.run import Run
 
 
 def known_device(name: str | None) -> str | None:
@@ -538,10 +540,10 @@ def pretrain(
 ) -> None:
     """Train a model from scratch. Works alone, with accelerate launch and with torchrun."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as current:
-        from surgery.train import engine, run, views
+        from surgery.train import run
         from surgery.train.config import PretrainConfig
 
-        files, changes = configurations(given)
+        files, changes = configurations(given, shipped.pretraining())
         if comparing:
             compare_runs(current, files, changes, out=out, seeds=seeds, budget=budget)
             return
@@ -552,21 +554,60 @@ def pretrain(
                 f"expected one configuration, received {len(files)}; --compare takes several"
             )
 
-        def tell(kind: str, text: str) -> None:
-            if kind != "step" or not current.interactive:
-                current.note(text)
-
         with current.running():
             config = PretrainConfig.load(files[0], changes)
-            folder = out or Path("runs") / config.name
-            done = run.pretrain(config, out=folder, resume=resume, tell=tell)
-            engine.leave()
-        if engine.main_process():
-            current.result(done.view(), done.to_dict())
-            if plots:
-                with current.running():
-                    drawn = views.draw([folder])
-                current.note(f"drawn: {', '.join(map(str, drawn.files))}")
+        folder = out or Path("runs") / config.name
+        train(
+            current,
+            lambda tell: run.pretrain(config, out=folder, resume=resume, tell=tell),
+            folder if plots else None,
+        )
+
+
+@app.command()
+def finetune(
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]...",
+            help="A configuration (YAML) or the name of a shipped one, and overrides such as "
+            "train.lr=2e-4.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of the run. Default: runs/ and its name."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
+    ] = False,
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Draw the run when it is done.")
+    ] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a pretrained model: adapters, a new head, or all of it. Also under a launcher."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as current:
+        from surgery.train.finetune.config import FinetuneConfig
+        from surgery.train.finetune.run import finetune as fine_tune
+
+        files, changes = configurations(given, shipped.finetuning())
+        if len(files) != 1:
+            raise typer.BadParameter(f"expected one configuration, received {len(files)}")
+        with current.running():
+            config = FinetuneConfig.load(files[0], changes)
+        folder = out or Path("runs") / config.name
+        train(
+            current,
+            lambda tell: fine_tune(config, out=folder, resume=resume, tell=tell),
+            folder if plots else None,
+        )
 
 
 @app.command()
@@ -651,6 +692,26 @@ def plot(
         current.result(drawn.view(), drawn.to_dict())
 
 
+def train(current: Session, run: Callable[[Tell], Run], drawn: Path | None) -> None:
+    """Train, say what came out, and draw the folder ``drawn`` if there is one."""
+    from surgery.train import engine, views
+
+    def tell(kind: str, text: str) -> None:
+        if kind != "step" or not current.interactive:
+            current.note(text)
+
+    with current.running():
+        done = run(tell)
+        engine.leave()
+    if not engine.main_process():
+        return
+    current.result(done.view(), done.to_dict())
+    if drawn is not None:
+        with current.running():
+            pictures = views.draw([drawn])
+        current.note(f"drawn: {', '.join(map(str, pictures.files))}")
+
+
 def compare_runs(
     current: Session,
     files: list[Path],
@@ -684,9 +745,10 @@ def numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"expected numbers such as 0,1,2, received {text!r}") from None
 
 
-def configurations(given: list[str]) -> tuple[list[Path], list[str]]:
+def configurations(
+    given: list[str], shipped_ones: Mapping[str, Path]
+) -> tuple[list[Path], list[str]]:
     """Configuration files, and the overrides among them."""
-    shipped_ones = shipped.pretraining()
     changes = [each for each in given if "=" in each and not Path(each).exists()]
     names = [each for each in given if each not in changes]
     # A file wins over a shipped configuration of the same name.
@@ -781,7 +843,7 @@ def entries(kind: Kind) -> list[dict[str, str]]:
     if kind is Kind.RULES:
         return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
     if kind is Kind.CONFIGS:
-        found = shipped.pretraining()
+        found = {**shipped.pretraining(), **shipped.finetuning()}
         return [{"name": name, "origin": str(path)} for name, path in found.items()]
     if kind is Kind.PRESETS:
         from surgery.sources import presets

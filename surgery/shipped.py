@@ -34,3 +34,8 @@ def rules() -> dict[str, Path]:
 def pretraining() -> dict[str, Path]:
     """Shipped training configurations by name, the name being the file's stem."""
     return {path.stem: path for path in sorted((configs() / "pretrain").glob("*.yaml"))}
+
+
+def finetuning() -> dict[str, Path]:
+    """Shipped fine-tuning configurations by name, the name being the file's stem."""
+    return {path.stem: path for path in sorted((configs() / "finetune").glob("*.yaml"))}

@@ -139,10 +139,15 @@ class Loop:
         self.clock.start()
 
     def _tell_notes(self) -> None:
-        """What there is to know about the data before it is trained on."""
+        """What there is to know about data and model before training."""
         for note in self.data.notes:
-            self._write("event", 0, {"event": "data", "reason": note})
+            self._write("event", 0, {"event": "start", "reason": note})
             self._say("event", note)
+
+    def note(self, sentence: str) -> None:
+        """Say and write down something about the result."""
+        self._write("event", self.config.train.steps, {"event": "result", "reason": sentence})
+        self._say("event", sentence)
 
     def advance(self, step: int) -> str | None:
         """Make a step, and whatever is due after it; the line of the log in words, if any."""

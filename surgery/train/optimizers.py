@@ -26,7 +26,11 @@ _FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Types of devices that torch has a fused AdamW for."""
 
 
-def build_optimizer(model: nn.Module, settings: AdamWConfig | GaloreConfig) -> Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    settings: AdamWConfig | GaloreConfig,
+    groups: Sequence[dict[str, Any]] | None = None,
+) -> Optimizer:
     """The optimizer of a run, over the trainable parameters of a model.
 
     Weight decay is for all of them but the coefficients of shortcuts; see
@@ -37,6 +41,8 @@ def build_optimizer(model: nn.Module, settings: AdamWConfig | GaloreConfig) -> O
     Args:
         model: Rewired or not, before it is wrapped for several processes.
         settings: ``config.optim``.
+        groups: The trainable parameters in groups of their own; ``surgery.parameter_groups`` by
+            default.
 
     Raises:
         ConfigError: no target of ``galore`` is larger than its rank.
@@ -44,7 +50,8 @@ def build_optimizer(model: nn.Module, settings: AdamWConfig | GaloreConfig) -> O
         NoMatch: ``targets`` of ``galore`` select no trainable matrix.
         CaptureError: ``targets`` ask for a role and the model cannot be traced.
     """
-    groups = parameter_groups(model, weight_decay=settings.weight_decay)
+    if groups is None:
+        groups = parameter_groups(model, weight_decay=settings.weight_decay)
     _check_trainable(groups)
     lr, betas, eps, fused = settings.lr, settings.betas, settings.eps, _fusable(groups)
     if settings.name == "adamw":

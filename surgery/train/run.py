@@ -6,9 +6,9 @@ What pretraining and fine-tuning do alike is ``run_job``; what each does its own
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -166,8 +166,17 @@ class Job(ABC):
         """Which tensors of the model a checkpoint holds; asked once there is a model."""
         return Everything()
 
-    def finish(self, model: nn.Module, data: Data, out: Path) -> None:  # noqa: B027 - optional
-        """Write what belongs beside the trained model; on the main rank, with a whole model."""
+    def notes(self, model: nn.Module) -> Sequence[str]:
+        """What there is to know about the model before it is trained, in sentences."""
+        return ()
+
+    def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
+        """Write what belongs beside the trained model; on the main rank, with a whole model.
+
+        Returns:
+            What there is to know about it, in a sentence, or None.
+        """
+        return None
 
 
 @dataclass
@@ -288,7 +297,7 @@ def assembled(
         schedule=schedule,
         aim=aim,
         penalty=job.penalty,
-        data=data,
+        data=replace(data, notes=(*data.notes, *job.notes(plain))),
         snapshot=snapshot,
         watch=watch,
         log=None,
@@ -324,7 +333,9 @@ def _save_result(job: Job, loop: Loop) -> None:
 
 def _saved(job: Job, loop: Loop, model: nn.Module) -> None:
     save(model, loop.out / MODEL)
-    job.finish(model, loop.data, loop.out)
+    said = job.finish(model, loop.data, loop.out)
+    if said is not None:
+        loop.note(said)
 
 
 def _save_model(job: Job, loop: Loop, write: Callable[[nn.Module], object]) -> None:

@@ -54,7 +54,7 @@ def test_several_configurations_are_for_comparisons(file: str):
 
 
 def test_a_shipped_configuration_is_known_by_its_name(file: str):
-    found = configurations(["mlp-64", "train.steps=3", file, "nowhere.yaml"])
+    found = configurations(["mlp-64", "train.steps=3", file, "nowhere.yaml"], shipped.pretraining())
     assert found == (
         [shipped.pretraining()["mlp-64"], Path(file), Path("nowhere.yaml")],
         ["train.steps=3"],

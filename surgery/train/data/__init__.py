@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from surgery.train.data.base import Batch, Data, Facts, Place, Samples, StreamSamples
-    from surgery.train.data.configs import DataConfig
+    from surgery.train.data.configs import DataConfig, FinetuneDataConfig
     from surgery.train.data.loader import evaluation_loader, training_loader
 
 # Kinds by name → ``module:function``, imported when asked for. The function takes the section of
@@ -16,7 +16,11 @@ OPENERS: dict[str, str] = {
     "text": "surgery.train.data.tokens:open_text",
     "tokens": "surgery.train.data.tokens:open_tokens",
     "stream": "surgery.train.data.stream:open_stream",
+    "records": "surgery.train.data.records:open_records",
+    "hub": "surgery.train.data.records:open_hub",
+    "docstrings": "surgery.train.data.docstrings:open_docstrings",
     "digits": "surgery.train.data.digits:open_digits",
+    "shifted-digits": "surgery.train.data.digits:open_shifted",
     "folder": "surgery.train.data.folder:open_folder",
     "cifar": "surgery.train.data.cifar:open_cifar",
     "imagenet": "surgery.train.data.imagenet:open_imagenet",
@@ -46,7 +50,7 @@ __all__ = [
 ]
 
 
-def open_data(config: DataConfig, *, seed: int) -> Data:
+def open_data(config: DataConfig | FinetuneDataConfig, *, seed: int) -> Data:
     """Open the data a configuration names.
 
     Args:

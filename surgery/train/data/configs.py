@@ -134,6 +134,103 @@ class StreamData(Section):
         return self
 
 
+# --- texts, one a sample ------------------------------------------------------------------------
+
+
+class Texts(Section):
+    """What all data of separate texts says about how they become samples.
+
+    Attributes:
+        tokenizer: ``model`` takes the one in the model's own folder; else ``bytes``, a folder of
+            a tokenizer of transformers, or ``hub:ORG/NAME``.
+        length: Tokens in a sample at most; longer texts are cut, and how many is said.
+    """
+
+    tokenizer: Name = "model"
+    length: Length = 128
+
+
+class Columns(Texts):
+    """Which columns of a table are what.
+
+    Attributes:
+        text: Column of the text.
+        pair: Column of a second text, as in entailment.
+        label: Column of the class, text or an integer; None for data without classes.
+        labels: The classes in the order of the model's outputs; by default those that occur,
+            sorted.
+    """
+
+    text: Name = "text"
+    pair: Name | None = None
+    label: Name | None = None
+    labels: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.labels is None:
+            return self
+        if self.label is None:
+            raise invalid("classes need a column", at="labels", hint="set data.label")
+        if len(set(self.labels)) < len(self.labels):
+            raise invalid(f"a class is named twice in {', '.join(self.labels)}", at="labels")
+        return self
+
+
+class RecordsData(Columns):
+    """Texts in a local table: JSONL (one object a line), CSV or TSV, told apart by the ending.
+
+    Attributes:
+        path: The file.
+        held_out: A part of each class that is kept for evaluation, the same for every seed; or
+            the file with the texts for it.
+    """
+
+    kind: Literal["records"] = "records"
+    path: Name
+    held_out: Share | Name = 0.1
+
+
+class HubData(Columns):
+    """Texts of a dataset in the hub's layout, read whole by the library ``datasets``.
+
+    Attributes:
+        path: Id of the dataset, such as ``nyu-mll/glue``, or a folder.
+        name: Its configuration, such as ``sst2``.
+        revision: Branch, tag or commit.
+        split: Split that is trained on.
+        held_out: A part of each class that is kept for evaluation, or the split for it.
+    """
+
+    kind: Literal["hub"] = "hub"
+    path: Name
+    name: Name | None = None
+    revision: Name | None = None
+    split: Name = "train"
+    held_out: Share | Name = "validation"
+
+
+#: What is evaluated on: options are chosen by the one, results reported of the other.
+Part = Literal["validation", "test"]
+
+
+class DocstringsData(Texts):
+    """Docstrings of Python's standard library, which is always there; the class is the package.
+
+    Modules are divided as a whole, so that no module is in two parts, and what gives the answer
+    away is masked: names of packages anywhere, names of modules as words.
+
+    Attributes:
+        most: Training texts of a package at most.
+        part: Which held-out part is evaluated on; neither is ever trained on.
+    """
+
+    kind: Literal["docstrings"] = "docstrings"
+    length: Length = 48
+    most: Count = 200
+    part: Part = "validation"
+
+
 # --- images -----------------------------------------------------------------------------------
 
 
@@ -192,6 +289,23 @@ class DigitsData(Section):
         if self.augment.resized_crop:
             raise invalid("digits have no resized crop", at="augment", hint="use pad")
         return self
+
+
+class ShiftedDigitsData(DigitsData):
+    """The digits turned and inverted: what a model that was trained on digits has not seen.
+
+    Attributes:
+        rotate: Quarter turns counter-clockwise.
+        invert: Whether black becomes white.
+        held_out: Part of each class that is kept; half of it is the validation part.
+        part: Which half is evaluated on.
+    """
+
+    kind: Literal["shifted-digits"] = "shifted-digits"  # type: ignore[assignment]
+    rotate: Annotated[int, Field(ge=0, le=3)] = 1
+    invert: bool = True
+    held_out: Share = 0.6
+    part: Part = "validation"
 
 
 class FolderData(Section):
@@ -368,3 +482,23 @@ DataConfig = Annotated[
     | LatentData,
     Field(discriminator="kind"),
 ]
+
+FinetuneDataConfig = Annotated[
+    TextData
+    | TokenData
+    | StreamData
+    | RecordsData
+    | HubData
+    | DocstringsData
+    | DigitsData
+    | ShiftedDigitsData
+    | FolderData
+    | CifarData
+    | ImagenetData
+    | WebDatasetData
+    | LatentData,
+    Field(discriminator="kind"),
+]
+
+#: Kinds that are texts with a sample each.
+TEXTS = ("records", "hub", "docstrings")

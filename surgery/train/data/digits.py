@@ -6,11 +6,13 @@ of Handwritten Digits" data set of the UCI repository (https://doi.org/10.24432/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from surgery.train.data.base import Data, Facts
-from surgery.train.data.configs import DigitsData
+from surgery.train.data.configs import DigitsData, ShiftedDigitsData
 from surgery.train.data.libraries import require
 from surgery.train.data.stored import MemorySamples
 from surgery.train.data.transforms import evaluation, split, training
@@ -47,6 +49,34 @@ def open_digits(config: DigitsData, *, seed: int) -> Data:
             names=tuple(str(digit) for digit in range(10)),
         ),
     )
+
+
+def open_shifted(config: ShiftedDigitsData, *, seed: int) -> Data:
+    """The digits turned and inverted; the held-out part is halved into validation and test.
+
+    Args:
+        config: The ``data`` section.
+        seed: As for ``open_digits``.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    plain = open_digits(DigitsData(**config.model_dump(include=_PLAIN)), seed=seed)
+    train, held_out = (_shifted(each, config) for each in (plain.train, plain.held_out))
+    order = torch.argsort(held_out.labels, stable=True)  # halves have equal parts of each class
+    half = order[0 if config.part == "validation" else 1 :: 2].sort().values
+    chosen = held_out.take(half, held_out.pipeline)
+    return Data(train, chosen, replace(plain.facts, kind=config.kind))
+
+
+_PLAIN = {"size", "channels", "augment", "held_out"}
+
+
+def _shifted(samples: object, config: ShiftedDigitsData) -> MemorySamples:
+    assert isinstance(samples, MemorySamples)  # noqa: S101 - the digits are in memory
+    images = torch.rot90(samples.images, config.rotate, (-2, -1))
+    images = -images if config.invert else images
+    return MemorySamples(images.contiguous(), samples.labels, samples.pipeline, samples.seed)
 
 
 def _load() -> tuple[Tensor, Tensor]:

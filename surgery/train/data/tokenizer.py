@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -35,6 +36,21 @@ _BPE_CONFIG = {
 }
 
 
+@dataclass(frozen=True)
+class Framed:
+    """A text as a model takes it.
+
+    Attributes:
+        ids: uint32 (L,), special tokens among them.
+        types: Which text of a pair each id belongs to, (L,); None where the model takes none.
+        cut: Whether something of the text was cut off.
+    """
+
+    ids: Ids
+    types: Ids | None
+    cut: bool
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
@@ -44,6 +60,8 @@ class Tokenizer(Protocol):
         bos: Id that may begin a text; None where there is none.
         eos: Id that ends a document.
         pad: Id that fills a sample up; None where there is none.
+        mask: Id that stands for a token to guess; None where there is none.
+        special: Ids that stand for no text, such as those above.
     """
 
     kind: Kind
@@ -51,9 +69,21 @@ class Tokenizer(Protocol):
     bos: int | None
     eos: int
     pad: int | None
+    mask: int | None
+    special: tuple[int, ...]
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, without bos and eos."""
+        ...
+
+    def frame(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> list[Framed]:
+        """Ids of each text, or pair of texts, as a model takes them: with its special tokens.
+
+        Args:
+            texts: N texts.
+            pairs: N second texts.
+            length: Ids at most; what is longer is cut.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -80,12 +110,18 @@ class ByteTokenizer:
     bos: int | None = 256
     eos = 257
     pad: int | None = 258
+    mask: int | None = None
+    special: tuple[int, ...] = (256, 257, 258)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """One id per byte."""
         return [
             np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32) for text in texts
         ]
+
+    def frame(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> list[Framed]:
+        """The bytes, and eos after each text."""
+        return _framed(self, texts, pairs, length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes as text; what is no UTF-8, as an untrained model writes it, becomes U+FFFD."""
@@ -119,6 +155,8 @@ class BpeTokenizer:
         self.bos: int | None = self._id(BOS)
         self.eos = self._id(EOS)
         self.pad: int | None = self._id(PAD)
+        self.mask: int | None = None
+        self.special = (self._id(BOS), self.eos, self._id(PAD))
 
     def __reduce__(self) -> tuple[type[BpeTokenizer], tuple[str]]:
         # The library's own pickle forgets that special tokens are not looked for.
@@ -128,6 +166,10 @@ class BpeTokenizer:
         """Ids of each text, in parallel over the texts."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(each.ids, dtype=np.uint32) for each in found]
+
+    def frame(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> list[Framed]:
+        """The ids, and eos after each text."""
+        return _framed(self, texts, pairs, length)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
@@ -173,6 +215,8 @@ class TransformersTokenizer:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.bos = cast("int | None", tokenizer.bos_token_id)
         self.pad = cast("int | None", tokenizer.pad_token_id)
+        self.mask = cast("int | None", tokenizer.mask_token_id)
+        self.special = tuple(sorted(set(cast("list[int]", tokenizer.all_special_ids))))
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
         end = next((each for each in ends if each is not None), None)
         if end is None:
@@ -193,6 +237,34 @@ class TransformersTokenizer:
         )
         return [np.array(ids, dtype=np.uint32) for ids in found["input_ids"]]
 
+    def frame(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> list[Framed]:
+        """What the library makes of them, and the token that ends a text where it adds none."""
+        whole = self._framed(texts, pairs, None)
+        # Of a model that adds no end, an id is kept free for it.
+        ends = all(ids and ids[-1] in self.special for ids in whole["input_ids"])
+        room = length if ends else length - 1
+        cut = [len(ids) > room for ids in whole["input_ids"]]
+        found = self._framed(texts, pairs, room) if any(cut) else whole
+        types = found.get("token_type_ids")
+        return [
+            Framed(
+                np.array(ids if ends else [*ids, self.eos], dtype=np.uint32),
+                None if types is None else _extended(types[row], 0 if ends else 1),
+                cut[row],
+            )
+            for row, ids in enumerate(found["input_ids"])
+        ]
+
+    def _framed(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int | None) -> Any:
+        return self._tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            truncation=length is not None,
+            max_length=length,
+            return_attention_mask=False,
+            verbose=False,
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids."""
         plain = [int(i) for i in ids]
@@ -212,6 +284,22 @@ class TransformersTokenizer:
     def save(self, folder: Path) -> None:
         """Write the files that ``AutoTokenizer`` reads."""
         _publish(folder, self._tokenizer.save_pretrained)
+
+
+def _framed(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, length: int
+) -> list[Framed]:
+    """Ids with eos after each text; of what is too long the end is cut, eos aside."""
+    ids = tokenizer.encode(texts)
+    end = np.array([tokenizer.eos], dtype=np.uint32)
+    if pairs is not None:
+        seconds = tokenizer.encode(pairs)
+        ids = [np.concatenate([a, end, b]) for a, b in zip(ids, seconds, strict=True)]
+    return [Framed(np.append(each[: length - 1], end), None, len(each) >= length) for each in ids]
+
+
+def _extended(types: Sequence[int], by: int) -> Ids:
+    return np.array([*types, *[types[-1]] * by], dtype=np.uint32)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:

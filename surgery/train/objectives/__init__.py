@@ -1,4 +1,4 @@
-"""Objectives: next tokens, classes, denoising."""
+"""Objectives: next tokens, masked tokens, classes of images and of texts, denoising."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery.train.config import PretrainConfig
+    from surgery.train.config import RunConfig
     from surgery.train.data.base import Data
     from surgery.train.objectives.base import Objective
 
 
-def objective(config: PretrainConfig, data: Data, model: nn.Module) -> Objective:
+def objective(config: RunConfig, data: Data, model: nn.Module) -> Objective:
     """The objective that a configuration names, fitted to the data and tried on the model.
 
     Args:
@@ -33,11 +33,19 @@ def objective(config: PretrainConfig, data: Data, model: nn.Module) -> Objective
         from surgery.train.objectives.classification import Classification
 
         return Classification(section, data.facts, model)
+    if section.kind == "sequence-classification":
+        from surgery.train.objectives.sequences import SequenceClassification
+
+        return SequenceClassification(section, data.facts, model)
+    if section.kind == "masked-language":
+        from surgery.train.objectives.masked import MaskedLanguage
+
+        return MaskedLanguage(section, data.facts, model, seed=config.seed)
     from surgery.train.objectives.diffusion import Diffusion
 
     return Diffusion(section, data.facts, model, seed=config.seed, vae=vae_spec(config))
 
 
-def vae_spec(config: PretrainConfig) -> str | None:
+def vae_spec(config: RunConfig) -> str | None:
     """The VAE that made the latents of a configuration; None for pixels."""
     return config.data.vae if config.data.kind == "latents" else None

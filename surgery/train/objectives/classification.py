@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from surgery.train.objectives.base import (
     measured,
     placement,
 )
-from surgery.train.objectives.configs import ClassificationObjective
+from surgery.train.objectives.configs import ClassificationObjective, SequenceObjective
 
 if TYPE_CHECKING:
     from surgery.train.data.base import Facts
@@ -44,24 +44,29 @@ class Classification(Objective):
         TrainingError: the data has no classes.
     """
 
-    def __init__(self, config: ClassificationObjective, facts: Facts, model: nn.Module) -> None:
+    def __init__(
+        self, config: ClassificationObjective | SequenceObjective, facts: Facts, model: nn.Module
+    ) -> None:
         self._smoothing = config.label_smoothing
         _, self._dtype = placement(model)
-        logits = _tried(model, facts)
         if facts.classes is None:
-            raise TrainingError(f"{facts.kind} data has no classes", hint="use labelled images")
+            raise TrainingError(f"{facts.kind} data has no classes", hint=self.unlabelled)
+        logits = self.tried(model, facts)
         if logits.ndim != 2 or logits.shape[1] != facts.classes:
             raise ModelStateError(
-                f"the data has {facts.classes} classes, and for 2 images the model returned "
+                f"the data has {facts.classes} classes, and for 2 samples the model returned "
                 f"logits {tuple(logits.shape)}; expected (2, {facts.classes})",
                 hint=f"set model.config: {{num_classes: {facts.classes}}} (timm) or "
                 f"{{num_labels: {facts.classes}}} (transformers)",
             )
 
+    #: What to do about data without classes.
+    unlabelled: ClassVar[str] = "use labelled images"
+
     def loss(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
         """Mean over ``images`` (B, C, H, W) with ``labels`` (B,)."""
         return F.cross_entropy(
-            self._logits(model, batch), batch["labels"], label_smoothing=self._smoothing
+            self.logits(model, batch), batch["labels"], label_smoothing=self._smoothing
         )
 
     def evaluate(
@@ -78,13 +83,18 @@ class Classification(Objective):
             )
         return {"loss": nats / samples, "accuracy": right / samples}
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def tried(self, model: nn.Module, facts: Facts) -> Tensor:
+        """The logits of two empty samples of the data's shape."""
+        return _tried(model, facts)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Those of a batch: float32 (B, K)."""
         # float32 also where the weights are bfloat16: a loss near its floor has no bits to spare.
         return logits_of(model(batch["images"].to(self._dtype))).float()
 
     def _per_sample(self, model: nn.Module, batch: Batch) -> Tensor:
         """Nats and rightness of each sample: (B, 2)."""
-        logits, labels = self._logits(model, batch), batch["labels"]
+        logits, labels = self.logits(model, batch), batch["labels"]
         nats = F.cross_entropy(logits, labels, reduction="none")
         right = logits.argmax(dim=1) == labels
         return torch.stack([nats, right.to(nats.dtype)], dim=1)

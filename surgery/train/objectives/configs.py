@@ -135,3 +135,36 @@ class DiffusionObjective(_Section):
 ObjectiveConfig = Annotated[
     LanguageObjective | ClassificationObjective | DiffusionObjective, Field(discriminator="kind")
 ]
+
+
+class SequenceObjective(_Section):
+    """Cross entropy over classes of texts.
+
+    Attributes:
+        label_smoothing: As for images.
+    """
+
+    kind: Literal["sequence-classification"]
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+class MaskedObjective(_Section):
+    """Guessing masked tokens (arXiv 1810.04805).
+
+    Attributes:
+        share: Part of a sample's tokens that are guessed; of those 80 % are masked, 10 % are other
+            tokens, and 10 % stay as they are.
+    """
+
+    kind: Literal["masked-language"]
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+
+
+FinetuneObjectiveConfig = Annotated[
+    LanguageObjective
+    | MaskedObjective
+    | SequenceObjective
+    | ClassificationObjective
+    | DiffusionObjective,
+    Field(discriminator="kind"),
+]

@@ -65,6 +65,8 @@ class Language(Objective):
         self.config = config
         self.facts = facts
         self.sample_every = None if config.sample is None else config.sample.every
+        # Where samples differ in length, parts of a batch have different numbers of tokens.
+        self.weighed = facts.length is None
         parameters = inspect.signature(model.forward).parameters
         self._named = "input_ids" in parameters
         self._own_loss = self._named and "labels" in parameters
@@ -82,6 +84,10 @@ class Language(Objective):
         if self._own_loss:
             return output.loss
         return F.cross_entropy(*_predictions(logits_of(output), _labels(batch)))
+
+    def weight(self, batch: Batch) -> Tensor:
+        """Tokens that are predicted."""
+        return (_labels(batch)[:, 1:] != _IGNORED).sum()
 
     def evaluate(
         self, model: nn.Module, batches: Iterable[Batch], *, gather: Gather = alone
@@ -142,7 +148,7 @@ class Language(Objective):
         return torch.stack([torch.stack(nats), tokens.float()], dim=1)
 
     def _check(self, model: nn.Module, vocabulary: int) -> None:
-        _check_context(model, self.facts.length)
+        check_context(model, self.facts.length or self.facts.longest)
         device, dtype = placement(model)
         ids = torch.arange(self._trial_length(), device=device).remainder(2).unsqueeze(0)
         half = ids.shape[1] // 2
@@ -151,8 +157,8 @@ class Language(Objective):
         with evaluating(model):
             output = self._tried(model, ids)
             before = logits_of(output)
-            _check_shape(before, ids, vocabulary)
-            _check_inputs(model, vocabulary)
+            check_shape(before, ids, vocabulary)
+            check_inputs(model, vocabulary)
             after = logits_of(self._tried(model, other))
         _check_causal(before[:, :half].float(), after[:, :half].float(), dtype)
         if self._own_loss:
@@ -185,7 +191,8 @@ def _predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
 
 
-def _check_shape(logits: Tensor, ids: Tensor, vocabulary: int) -> None:
+def check_shape(logits: Tensor, ids: Tensor, vocabulary: int) -> None:
+    """Refuse logits that are not one per token and entry of the vocabulary."""
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise ModelStateError(
             f"the model returned logits {tuple(logits.shape)} for tokens {tuple(ids.shape)}; "
@@ -202,7 +209,8 @@ def _vocabulary_too_small(what: str, size: int, vocabulary: int) -> ModelStateEr
     )
 
 
-def _check_inputs(model: nn.Module, vocabulary: int) -> None:
+def check_inputs(model: nn.Module, vocabulary: int) -> None:
+    """Refuse a transformers model that embeds fewer ids than the tokenizer has."""
     from surgery.sources.libraries import installed
 
     if not installed("transformers"):
@@ -216,7 +224,7 @@ def _check_inputs(model: nn.Module, vocabulary: int) -> None:
         raise _vocabulary_too_small("embeds", embedding.num_embeddings, vocabulary)
 
 
-def _check_context(model: nn.Module, length: int | None) -> None:
+def check_context(model: nn.Module, length: int | None) -> None:
     """Refuse samples longer than the context that a transformers model is configured for."""
     context: object = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if length is not None and isinstance(context, int) and context < length:

@@ -1,0 +1,173 @@
+"""``finetune``: a pretrained model, rules and data become a run folder with the result in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from surgery import adapters, files
+from surgery.checkpoints import save
+from surgery.passes.lowrank import LowRank
+from surgery.record import record_of
+from surgery.table import human_count
+from surgery.train.finetune.assembly import Built, build
+from surgery.train.finetune.source import TOKENIZER, with_tokenizer
+from surgery.train.keeping import Everything, Kept
+from surgery.train.run import Job, Run, run_job
+from surgery.tree import named_parameters
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from surgery.train.data.base import Data
+    from surgery.train.finetune.config import FinetuneConfig
+    from surgery.train.loop import Tell
+    from surgery.train.objectives.base import Objective
+
+ADAPTER = "adapter"
+CLASSES = "classes.json"
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    tell: Tell | None = None,
+) -> Run:
+    """Train a pretrained model: what its rules put in, a new head, or all of it.
+
+    Works alone, under ``accelerate launch`` and under ``torchrun``. Beside what every run leaves,
+    the folder gets ``adapter/``, where the stock weights are as they were loaded, ``tokenizer/``
+    and ``classes.json``.
+
+    Args:
+        config: What is trained, on what, and how.
+        out: Folder of the run; created.
+        resume: Go on from the last checkpoint in ``out``, or start where there is none.
+        tell: On the main rank, told a line for people now and then, and its kind: ``step``,
+            ``evaluation`` or ``event``.
+
+    Returns:
+        Where the result is, and what the last evaluation gave.
+
+    Raises:
+        ConfigError: the configuration does not go with the ranks, the device, the launcher or
+            itself.
+        SourceError: the model cannot be had.
+        RuleError: the rules do not fit it.
+        DataError: the data is missing or broken.
+        ModelStateError: the model does not fit the data or the task.
+        CheckpointError: there is a run in ``out`` already, its checkpoint is of another
+            configuration or other weights, or the disk is full.
+        TrainingError: the loss or a gradient is not finite, and the configuration says to stop; or
+            another rank is gone.
+    """
+    return run_job(Finetuning(config), out=out, resume=resume, tell=tell)
+
+
+@dataclass
+class Finetuning(Job):
+    """A pretrained model that is trained further.
+
+    Attributes:
+        config: The configuration.
+        built: Its model, once it was built.
+    """
+
+    config: FinetuneConfig
+    built: Built | None = None
+    _penalised: bool = field(default=False, init=False)
+
+    def data(self) -> Data:
+        """What the section ``data`` names, with the tokenizer of the model."""
+        from surgery.train.data import open_data
+
+        return open_data(with_tokenizer(self.config), seed=self.config.seed)
+
+    def model(self, data: Data) -> nn.Module:
+        """Loaded, with its head, rewritten."""
+        self.built = build(self.config, data)
+        return self.built.model
+
+    def objective(self, data: Data, model: nn.Module) -> Objective:
+        """What the section ``objective`` names."""
+        from surgery.train.objectives import objective
+
+        return objective(self.config, data, model)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """What the section ``optim`` names, over what is trained."""
+        from surgery.train.optimizers import build_optimizer
+
+        optim = self.config.optim
+        if optim.name != "adamw" or optim.loraplus is None:
+            return build_optimizer(model, optim)
+        groups = adapters.parameter_groups(
+            model, lr=optim.lr, ratio=optim.loraplus, weight_decay=optim.weight_decay
+        )
+        return build_optimizer(model, optim, groups)
+
+    def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Attach what the methods of adapters do around the optimizer's step."""
+        if not _has_adapters(model):
+            return
+        adapters.prepare(model, optimizer)
+        self._penalised = adapters.penalty(model).requires_grad
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """What the methods of adapters add to the loss (SORSA)."""
+        return adapters.penalty(model) if self._penalised else None
+
+    def kept(self) -> Kept:
+        """All tensors that a resume could not take from the source."""
+        built = self.built
+        partial = built is not None and self.config.checkpoint.weights == "changed"
+        return Everything() if built is None or not partial else built.loaded or Everything()
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """What is trained, and which of it is new."""
+        everything = dict(named_parameters(model))
+        trained = [p for p in everything.values() if p.requires_grad]
+        count, total = (sum(p.numel() for p in each) for each in (trained, everything.values()))
+        share = f"{human_count(count)} of {human_count(total)} parameters ({count / total:.3%})"
+        told = [f"trained: {share}"]
+        new = () if self.built is None else self.built.new
+        if new:
+            told.append(f"new, drawn from seed {self.config.seed}: {', '.join(new)}")
+        return told
+
+    def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
+        """Write the adapter alone where it fits, the tokenizer, and what the classes are called."""
+        if data.facts.tokenizer is not None and not (out / TOKENIZER).exists():
+            data.facts.tokenizer.save(out / TOKENIZER)
+        if data.facts.names is not None:
+            files.write(out / CLASSES, json.dumps(list(data.facts.names), indent=1) + "\n")
+        if record_of(model) is None:
+            return None
+        changed = self._changed(model)
+        if not changed:
+            save(model, out / ADAPTER, adapter_only=True)
+            return None
+        return (
+            f"no {ADAPTER}/: an adapter alone would leave out {len(changed)} stock tensors that "
+            f"were trained or changed, such as {changed[0]}; {out / 'model'} has everything"
+        )
+
+    def _changed(self, model: nn.Module) -> list[str]:
+        """Stock parameters that are not as they were loaded, or came with no weights."""
+        record, built = record_of(model), self.built
+        if record is None or built is None or built.loaded is None:
+            return []
+        added = {name for edit in record.edits for name in edit.adds}
+        stock = {name for name, _ in named_parameters(model)} - added
+        return [name for name in built.loaded.state(model) if name in stock]
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    record = record_of(model)
+    return record is not None and any(edit.pass_name == LowRank.name for edit in record.edits)
