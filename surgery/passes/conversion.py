@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from architectures.adapters import LoRA, Method, Sliced
 from surgery.errors import ModelStateError
 from surgery.passes.base import ApplyContext, passes_of
-from surgery.passes.hosts import Bank
+from surgery.passes.hosts import Bank, has_folded
 from surgery.passes.lowrank import LowRank
 from surgery.record import Edit, Operation, Record
 
@@ -83,8 +83,7 @@ def _check_alone(split: _Split, bank: Bank) -> None:
             hint="call surgery.adapters.unmerge(model) first",
         )
     for name, other in bank.adapters.items():
-        folds = any(method.folds_weight for method in other.methods)
-        if folds or (name != split.made.adapter and other.beginning is not None):
+        if has_folded(other) or (name != split.made.adapter and other.beginning is not None):
             raise ModelStateError(
                 f"adapter {name!r} changes the weight of {split.edit.site} too, so "
                 f"{split.made.adapter!r} cannot be converted alone",

@@ -40,6 +40,7 @@ from surgery.passes.hosts import (
     bank_of,
     check_free,
     detach,
+    has_folded,
     hosting_of,
     take_out,
 )
@@ -198,7 +199,9 @@ class LowRank(Pass):
         """What is done to a site, in a few words."""
         parts = "" if self.slices is None else f" on {', '.join(self.slices)}"
         named = "" if self.adapter == "default" else f" {self.adapter!r}"
-        return f"{self.method}{named} r={self.rank}{parts}, scaled by {self.factor:g}"
+        lasting = " for good" if self.keep_base == "none" else ""
+        trains = f", training changes the weight{lasting}" if self.kind.folds_weight else ""
+        return f"{self.method}{named} r={self.rank}{parts}, scaled by {self.factor:g}{trains}"
 
     def accepts(self, site: Site) -> Match:
         """Whether the site has a weight of two or more dimensions that some host can carry."""
@@ -316,11 +319,13 @@ class LowRank(Pass):
         place = _places(edit)[0]
         weight = own_parameters(context.module(model, place.path)).get(place.parameter)
         bank = self.bank(model, edit, context)
-        if not self.splits or weight is None or bank.merged is not None:
+        if weight is None or bank.merged is not None:
             return
-        self._keep(edit, weight, context)
         if (original := self._digest(weight)) is not None:
             bank.originals[self.adapter] = original
+        if not self.splits:
+            return
+        self._keep(edit, weight, context)
         methods = bank.adapters[self.adapter].methods
         rows = _rows_of(weight, edit)
         left = [m.without_beginning(base) for m, base in zip(methods, rows, strict=True)]
@@ -394,6 +399,10 @@ class LowRank(Pass):
     def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
         """Whether adapters are merged into the weight: the host adds nothing then."""
         return self.bank(model, edit, context).merged is not None
+
+    def bound(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
+        """Whether training the adapter has changed the weight beside it."""
+        return has_folded(self.bank(model, edit, context).adapters[self.adapter])
 
     def resume(
         self, model: nn.Module, edit: Edit, state: Mapping[str, Any], context: ApplyContext
@@ -501,6 +510,14 @@ class LowRank(Pass):
                 )
         if self.slices and uses[0].hosting.matrix.stack:
             raise RuleError(f"{site.path} holds a stack of matrices, which has no slices")
+        if method.folds_weight and len(uses) > 1:
+            paths = " and ".join(_label(use) for use in uses)
+            raise RuleError(
+                f"method {self.method!r} adds to the weight while it is trained, and {paths} share "
+                "one",
+                hint="leave it out with except:, untie it, or use a method that leaves the weight "
+                "as it is, such as reflora",
+            )
 
     def _check_source(self, context: PlanContext) -> None:
         """Raise if the weights are to be read again and cannot be."""
@@ -538,6 +555,15 @@ class LowRank(Pass):
                 "adapter measures the norms of its rows",
                 hint="put the other one in afterwards",
             )
+        folding = any(method.folds_weight for method in planned)
+        folding = folding or any(m.folds_weight for each in present for m in each.methods)
+        if folding and (self.kind.folds_weight or self.kind.scales_rows):
+            does = "adds to" if self.kind.folds_weight else "measures the norms of the rows of"
+            raise Conflict(
+                f"method {self.method!r} {does} the weight of {_label(use)}, which another adapter "
+                "adds to while it is trained",
+                hint="undo or merge that one first",
+            )
         changed = any(method.changes_weight or method.folds_weight for method in planned)
         before = changed or any(each.beginning is not None for each in present)
         if touches == "changes" and self.keep_base == "source" and before:
@@ -573,7 +599,8 @@ class LowRank(Pass):
     def _notes(self, site: Site, uses: tuple[Use, ...]) -> tuple[str, ...]:
         notes: list[str] = []
         weight = own_parameters(uses[0].module).get(uses[0].hosting.parameter)
-        if weight is not None and weight.is_meta and self._touches:
+        starts_from_it = self.splits or self.kind.reads_weight
+        if weight is not None and weight.is_meta and starts_from_it:
             notes.append(
                 f"{self.method} starts from the weight, which is on the meta device: call "
                 "surgery.adapters.start(model) once its values are there"
@@ -652,9 +679,8 @@ class LowRank(Pass):
                 left.append(rest)
         if weight is None or weight.is_meta:
             return
-        if self._touches == "changes":
-            self._keep(edit, weight, context)
         if self.splits:
+            self._keep(edit, weight, context)
             _write_rows(weight, edit, left)
 
     def _keep(self, edit: Edit, weight: nn.Parameter, context: ApplyContext) -> None:

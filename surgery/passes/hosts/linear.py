@@ -11,6 +11,7 @@ from torch.nn import functional
 from architectures.adapters import Adapter
 from surgery.passes.hosts.bank import Bank, bank_of
 from surgery.passes.hosts.branch import add_branch, add_scaled_branch, autocasting, in_dtype_of
+from surgery.tree import own_parameters
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -118,13 +119,23 @@ def _with_branches(
         if not adapter.scales_rows:
             output = add_branch(output, branch, share * adapter.scaling)
             continue
-        bias = cast("Tensor | None", layer.bias)
+        folded = bank.matrix.fold(cast("Tensor", own_parameters(layer)[bank.parameter]))
         output = add_scaled_branch(
             output,
             branch,
             adapter.scaling,
             share=share,
-            gain=adapter.gain(bank.matrix.fold(cast("Tensor", layer.weight))),
-            bare=plain if bias is None else plain - bias,
+            gain=adapter.gain(folded),
+            bare=_without_bias(layer, bank, x, folded, plain),
         )
     return output
+
+
+def _without_bias(layer: nn.Module, bank: Bank, x: Tensor, folded: Tensor, plain: Tensor) -> Tensor:
+    """``W x``, from the layer's output where it is plain what it added to that."""
+    others = {name: each for name, each in own_parameters(layer).items() if name != bank.parameter}
+    if not others:
+        return plain
+    if set(others) == {"bias"} and others["bias"].shape == plain.shape[-1:]:
+        return plain - others["bias"]
+    return functional.linear(in_dtype_of(x, folded), folded)
