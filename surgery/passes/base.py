@@ -176,6 +176,10 @@ class Pass(ABC):
         """
         return False
 
+    def bound(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
+        """Whether what was inserted is of no use beside the stock tensors as they were before."""
+        return False
+
     @abstractmethod
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take one applied edit back, bit for bit."""

@@ -256,7 +256,7 @@ class LowRank(Pass):
                     "keeping a copy, so it cannot be put back bit for bit",
                     hint="call surgery.adapters.unmerge(model) first, which subtracts them",
                 )
-            if self.adapter in bank.originals:
+            if self.adapter in bank.originals or has_folded(bank.adapters[self.adapter]):
                 self.original(model, edit, context)
 
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:

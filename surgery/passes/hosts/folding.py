@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from architectures.adapters import Adapter, Method, Ranges, Sliced
+from architectures.adapters import Adapter, Method, Ranges
 from surgery.errors import ModelStateError
 from surgery.passes.hosts.bank import Bank
 from surgery.passes.hosts.merging import mergeable
@@ -111,9 +111,7 @@ class Fold:
 
 def has_folded(adapter: Adapter) -> bool:
     """Whether training an adapter has changed the base weight beside it."""
-    parts = adapter.parts.values() if isinstance(adapter, Sliced) else ((None, adapter),)
-    methods = [method for _, method in parts if isinstance(method, Method)]
     return any(
         method.folds_weight and not method.folded.is_meta and bool(method.folded)
-        for method in methods
+        for method in adapter.methods
     )
