@@ -191,16 +191,24 @@ def _hint(kind: type[Configuration], document: object, loc: Loc, key: str) -> st
 
 
 def _keys(
-    node: Mapping[str, Any], schema: Mapping[str, Any], given: object, loc: Loc
+    node: Mapping[str, Any],
+    schema: Mapping[str, Any],
+    given: object,
+    loc: Loc,
+    inside: frozenset[str] = frozenset(),
 ) -> Iterator[Loc]:
-    """Every key that the schema knows, with the way to it; of several kinds, of the one given."""
+    """Every key that the schema knows, with the way to it; of several kinds, of the one given.
+
+    What contains itself, as conditions do, is followed as deep as it is given.
+    """
     for branch in _branches(node, given):
-        yield from _keys(branch, schema, given, loc)
-    if "$ref" in node:
-        yield from _keys(schema["$defs"][node["$ref"].rpartition("/")[2]], schema, given, loc)
+        yield from _keys(branch, schema, given, loc, inside)
+    named = node.get("$ref", "").rpartition("/")[2]
+    if named and (named not in inside or isinstance(given, Mapping)):
+        yield from _keys(schema["$defs"][named], schema, given, loc, inside | {named})
     for key, inner in node.get("properties", {}).items():
         yield (*loc, key)
-        yield from _keys(inner, schema, child(given, key), (*loc, key))
+        yield from _keys(inner, schema, child(given, key), (*loc, key), inside)
 
 
 def _branches(node: Mapping[str, Any], given: object) -> list[Mapping[str, Any]]:
