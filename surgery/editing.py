@@ -115,6 +115,18 @@ def note_state(model: nn.Module, record: Record) -> None:
         operation.state = {index: state for index, state in states if state is not None}
 
 
+def bound(model: nn.Module, record: Record) -> list[Edit]:
+    """The edits in force of which nothing is of use beside the original stock tensors."""
+    found: list[Edit] = []
+    for operation in record.operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        found.extend(
+            edit for edit in operation.edits if passes[edit.rule].bound(model, edit, context)
+        )
+    return found
+
+
 def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:
     """Take back what was applied to a model, in place, newest first.
 

@@ -21,7 +21,7 @@ from surgery.checkpoints import base_weights, generation, manifest, tensorfile
 from surgery.checkpoints.inventory import Inventory, check_storable, memory_order, take
 from surgery.checkpoints.manifest import Base, FileEntry, Manifest, TensorEntry
 from surgery.checkpoints.swap import replacing
-from surgery.editing import note_state, originals
+from surgery.editing import bound, note_state, originals
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, record_of
 from surgery.rules import Recipe
@@ -164,6 +164,7 @@ def _adapter(model: nn.Module, record: Record) -> _Content:
             hint="save the whole model, or apply with keep_base: memory",
         )
     _refuse_baked(model, record)
+    _refuse_bound(model, record)
     found = take(model)
     inserted = inserted_names(record)
     state = {name: tensor for name, tensor in found.state.items() if name in inserted}
@@ -179,6 +180,16 @@ def _refuse_baked(model: nn.Module, record: Record) -> None:
             f"what was inserted at {baked.site} is merged into the stock weight, so it cannot be "
             "saved without it",
             hint="call surgery.adapters.unmerge(model) first, or save the whole model",
+        )
+
+
+def _refuse_bound(model: nn.Module, record: Record) -> None:
+    edit = next(iter(bound(model, record)), None)
+    if edit is not None:
+        raise CheckpointError(
+            f"the stock weight of {edit.site} changed while what was inserted ({edit.summary}) was "
+            "trained, so that is of no use beside the original weight",
+            hint="save the whole model; or merge the adapters and save that",
         )
 
 

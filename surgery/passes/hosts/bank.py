@@ -145,7 +145,8 @@ class Bank(nn.Module):
         found = [(self.adapters.get(name), share) for name, share in mix]
         counting = [(adapter, share) for adapter, share in found if adapter is not None]
         shares = dict(mix)
-        for name, adapter in list(self.adapters.items()):
+        # A copy of a dict is made at once; a list of its items is not, if memory is collected.
+        for name, adapter in self.adapters.copy().items():
             missing = 1.0 - shares.get(name, 0.0)
             if adapter.beginning is not None and missing:
                 counting.append((adapter.beginning, missing))
