@@ -343,16 +343,19 @@ class Shortcuts(Pass):
         cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
         return self.init or cls.inits[0]
 
-    def _topology(self, sites: int) -> Topology:
-        cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
+    def topology_arguments(self) -> dict[str, Any]:
+        """The options that the topology is made with, beside the number of its sites."""
         given = {
             "temperature": self.temperature,
             "normalization": self.normalization,
             "parameterization": self.parameterization,
             "edges": self.edges,
         }
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return _built(cls, self.topology, sites, self._start, chosen)
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _topology(self, sites: int) -> Topology:
+        cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
+        return _built(cls, self.topology, sites, self._start, self.topology_arguments())
 
 
 class _Numbers:

@@ -52,7 +52,7 @@ comes a second time in one call starts a new pass. Blocks may come in reverse or
 may run only some of them: the runtime is to check the order it was made for.
 """
 
-from surgery.capture.loops.mixins import Loops, Stack, loop_mixin, loop_mixins
+from surgery.capture.loops.mixins import Loops, Stack, loop_mixin, loop_mixins, loops_of
 from surgery.capture.loops.targets import block_of
 
-__all__ = ["Loops", "Stack", "block_of", "loop_mixin", "loop_mixins"]
+__all__ = ["Loops", "Stack", "block_of", "loop_mixin", "loop_mixins", "loops_of"]

@@ -98,6 +98,12 @@ def loop_mixin(cls: type[nn.Module], stacks: tuple[Stack, ...], runtime: str, in
     return loop_mixins(cls, stacks, runtime).mixins[index]
 
 
+def loops_of(mixin: type) -> Loops | None:
+    """What `loop_mixins` made a class for, with the sources of its methods; None for others."""
+    key = mixin.__dict__.get(_KEY)
+    return None if key is None else loop_mixins(*key[:3])
+
+
 def _reduce(cls: type) -> str | tuple[Any, ...]:
     key = cls.__dict__.get(_KEY)
     # A class made from a mixin by others is a global like any other.

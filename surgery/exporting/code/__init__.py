@@ -1,0 +1,1 @@
+"""Python files that build a rewritten model without this library."""

@@ -1,0 +1,189 @@
+"""What of a rewritten model has to be said in code: classes with other methods, and shortcuts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, cast
+
+from torch import nn
+
+from architectures.shortcuts import Topology
+from surgery.capture.graft import grafts, stock_class
+from surgery.capture.loops import loops_of
+from surgery.errors import ExportError
+from surgery.passes.base import passes_of
+from surgery.passes.freeze import Freeze
+from surgery.passes.shortcuts import Shortcuts
+from surgery.passes.streams import Segment, segments_of
+from surgery.passes.streams.holders import DictHolder, ListHolder
+from surgery.record import Edit, Record, record_of
+from surgery.save_guard import GuardedModel, GuardedPart, not_baked
+from surgery.tree import children, named_modules
+
+_HOLDERS = {ListHolder: "LayerList", DictHolder: "LayerDict"}
+_ALIKE = "torch_export and onnx hold it"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rewritten method.
+
+    Attributes:
+        name: Its name.
+        source: Its text, decorators included, at any indentation.
+        function: The function it stands for, whose module has the names it uses.
+    """
+
+    name: str
+    source: str
+    function: FunctionType
+
+
+@dataclass(frozen=True)
+class Reclassed:
+    """A module whose class gets other methods.
+
+    Attributes:
+        path: Of the module.
+        base: Its stock class.
+        holder: What hides the shortcuts among its children: ``LayerList``, ``LayerDict`` or "".
+        methods: The rewritten ones.
+    """
+
+    path: str
+    base: type[nn.Module]
+    holder: str
+    methods: tuple[Method, ...]
+
+
+@dataclass(frozen=True)
+class Rewired:
+    """The shortcuts of a run of layers.
+
+    Attributes:
+        holder: Path of the module that has the layers.
+        number: Under which name of ``holder.shortcuts``.
+        segment: The module in the model.
+        arguments: What its topology is made with.
+    """
+
+    holder: str
+    number: str
+    segment: Segment
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Everything that distinguishes a rewritten model from its stock class.
+
+    Attributes:
+        classes: Modules whose class changes.
+        shortcuts: What is put beside layers.
+        dropped: Names of tensors that add nothing any more, such as merged adapters.
+    """
+
+    classes: tuple[Reclassed, ...] = ()
+    shortcuts: tuple[Rewired, ...] = ()
+    dropped: frozenset[str] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether the architecture is another than the stock one."""
+        return bool(self.classes or self.shortcuts)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why the rewrites of a model cannot be written as code, or None."""
+    try:
+        rewrites_of(model)
+    except ExportError as error:
+        return error.message
+    return None
+
+
+def rewrites_of(model: nn.Module) -> Rewrites:
+    """What of a model has to be written as code.
+
+    Raises:
+        ExportError: a rewrite is of a kind that has no text of its own.
+    """
+    record = record_of(model)
+    if record is None:
+        return Rewrites()
+    apart = not_baked(model, record)
+    for edit in apart:
+        if edit.pass_name not in {Shortcuts.name, Freeze.name}:
+            raise ExportError(
+                f"the {edit.pass_name} rewrite of {edit.site} is no text of its own; merge its "
+                f"adapters (surgery.adapters.merge), or take another format: {_ALIKE}, peft "
+                "holds adapters"
+            )
+    baked = [edit for edit in record.edits if edit not in apart]
+    dropped = frozenset(name for edit in baked for name in edit.adds)
+    shortcuts = tuple(_shortcuts(model, record))
+    return Rewrites(tuple(_classes(model)) if shortcuts else (), shortcuts, dropped)
+
+
+def _shortcuts(model: nn.Module, record: Record) -> Iterator[Rewired]:
+    for operation in record.operations:
+        passes = passes_of(operation)
+        for edit in operation.edits:
+            made_by = passes[edit.rule]
+            if isinstance(made_by, Shortcuts):
+                yield _rewired(model, edit, made_by)
+
+
+def _rewired(model: nn.Module, edit: Edit, made_by: Shortcuts) -> Rewired:
+    if "captured" in edit.payload or "blocks" in edit.payload or "cuts" in edit.payload:
+        raise ExportError(
+            f"the shortcuts of {edit.site} are in a captured graph, whose calls differ with their "
+            f"arguments, and not in a text; {_ALIKE}"
+        )
+    holder, number = edit.payload["holder"], edit.payload["number"]
+    found = segments_of(model.get_submodule(holder))
+    segment = children(cast("nn.Module", found))[number]
+    return Rewired(holder, number, cast("Segment", segment), made_by.topology_arguments())
+
+
+def topology_of(rewired: Rewired) -> Topology:
+    """The module that gives the coefficients."""
+    return rewired.segment.topology
+
+
+def _classes(model: nn.Module) -> Iterator[Reclassed]:
+    for path, module in named_modules(model, duplicates=False):
+        holder, methods = "", list[Method]()
+        for mixin in grafts(module):
+            if mixin in {GuardedModel, GuardedPart}:
+                continue
+            if mixin in _HOLDERS:
+                holder = _HOLDERS[mixin]
+                continue
+            methods += _methods(path, stock_class(module), mixin)
+        if holder or methods:
+            yield Reclassed(path, stock_class(module), holder, tuple(methods))
+
+
+def _methods(path: str, base: type[nn.Module], mixin: type) -> Iterator[Method]:
+    where = path or base.__name__
+    loops = loops_of(mixin)
+    if loops is None:
+        return  # an adapter's, whose change is in the weights: others were refused above
+    if loops.mixins != (mixin,) or issubclass(mixin, nn.Module):
+        raise ExportError(
+            f"methods of several base classes of {where} are rewritten, which one text cannot "
+            f"say; {_ALIKE}"
+        )
+    for name in loops.methods:
+        attribute: Any = vars(mixin)[name]
+        if not isinstance(attribute, FunctionType):
+            raise ExportError(
+                f"{where}.{name} is rewritten and no plain method, but a "
+                f"{type(attribute).__name__}; {_ALIKE}"
+            )
+        function = cast("FunctionType", inspect.unwrap(attribute))
+        yield Method(name, loops.sources[name], function)

@@ -1,0 +1,125 @@
+"""``transformers``: a folder that ``AutoModel*.from_pretrained(dir, trust_remote_code=True)`` loads.
+
+The modelling file is generated from the rewritten methods and the inserted modules and subclasses
+the stock classes; nothing of this library is needed to load it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from surgery.capture.graft import stock_class
+from surgery.errors import ExportError
+from surgery.exporting import remote
+from surgery.exporting.agreement import Agreement, agreement, outputs
+from surgery.exporting.base import Format
+from surgery.exporting.code import apart
+from surgery.exporting.code.rewrites import Rewrites, rewrites_of
+from surgery.exporting.python import write_weights
+from surgery.rules.strict import options
+from surgery.sources import SOURCE_ATTRIBUTE, Example
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+@options
+class Transformers(Format):
+    """Remote code of transformers; a plain folder where the architecture is the stock one.
+
+    Args:
+        tokenizer: A folder whose tokenizer files are copied along; by default the folder the
+            model was loaded from, if it has any.
+    """
+
+    name: ClassVar[str] = "transformers"
+
+    tokenizer: str | None = None
+
+    def misfit(self, model: nn.Module) -> str | None:
+        """Models of other libraries, and rewrites that are no text."""
+        return remote.misfit(model, "transformers")
+
+    def write(self, model: nn.Module, work: Path, example: Example) -> None:
+        """Configuration, weights, and the modelling file if one is needed."""
+        rewrites = rewrites_of(model)
+        config = cast("Any", model).config
+        data: dict[str, Any] = config.to_dict()
+        data.pop("_name_or_path", None)
+        data["architectures"] = [stock_class(model).__name__]
+        if rewrites.any:
+            data |= self._remote(model, work, rewrites)
+        remote.write_json(work / "config.json", data)
+        write_weights(model, work / "model.safetensors", rewrites.dropped)
+        if cast("Any", model).can_generate():
+            cast("Any", model).generation_config.save_pretrained(work)
+        for file in _tokenizer_files(self.tokenizer, model):
+            shutil.copyfile(file, work / file.name)
+
+    def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
+        """Load it in a process that cannot import this library."""
+        auto = "AutoModel"
+        if rewrites_of(model).any:
+            auto = next(iter(_auto_classes(model)), "AutoModel")
+            load = f"transformers.{auto}.from_pretrained(folder, trust_remote_code=True)"
+        else:
+            auto = stock_class(model).__name__
+            load = f"transformers.{auto}.from_pretrained(folder)"
+        body = f"import transformers\nmodel = {load}.eval()"
+        found = apart.run(written, body, example)
+        consumer = f"{auto}.from_pretrained of transformers {version('transformers')}"
+        consumer += " in a process without this library"
+        return agreement(consumer, [("the example", outputs(model, example), found)])
+
+    def versions(self) -> dict[str, str]:
+        """Of transformers."""
+        return {"transformers": version("transformers")}
+
+    def _remote(self, model: nn.Module, work: Path, rewrites: Rewrites) -> dict[str, Any]:
+        config_class = type(cast("Any", model).config)
+        tested = {name: version(name) for name in ("torch", "transformers")}
+        name = remote.modeling_file(
+            work, model, rewrites, config_class=config_class, tested=tested
+        )
+        where = f"{remote.MODULE}.{name}"
+        autos = list(_auto_classes(model)) or ["AutoModel"]
+        return {
+            "architectures": [name],
+            "model_type": remote.model_type(config_class),
+            "auto_map": {
+                "AutoConfig": f"{remote.MODULE}.{remote.rewritten_name(config_class)}",
+                **dict.fromkeys(autos, where),
+            },
+        }
+
+
+def _auto_classes(model: nn.Module) -> Iterator[str]:
+    """Names of the ``Auto`` classes that load the stock class of a model."""
+    from transformers.models.auto import modeling_auto
+
+    cls, config = stock_class(model), type(cast("Any", model).config)
+    for name, auto in sorted(vars(modeling_auto).items()):
+        mapping: Any = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
+        if mapping is None or not name.startswith("AutoModel") or config not in mapping:
+            continue
+        found: Any = mapping[config]
+        if cls in (found if isinstance(found, (tuple, list)) else (found,)):
+            yield name
+
+
+def _tokenizer_files(given: str | None, model: nn.Module) -> list[Path]:
+    source = model.__dict__.get(SOURCE_ATTRIBUTE) or {}
+    folder = Path(given if given is not None else str(source.get("spec", "")))
+    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if given is not None and not found:
+        raise ExportError(f"{given} has no tokenizer files: none of {', '.join(_TOKENIZER_FILES)}")
+    return found if folder.is_dir() else []
