@@ -44,6 +44,7 @@ from surgery.passes.hosts import (
 )
 from surgery.passes.hosts import bank as hosts
 from surgery.passes.lowrank import LowRank
+from surgery.passes.stepping import prepare
 from surgery.record import Operation, Record, record_of
 from surgery.registry import suggest
 from surgery.tree import children, named_modules
@@ -58,6 +59,7 @@ __all__ = [
     "parameter_groups",
     "parameters",
     "penalty",
+    "prepare",
     "start",
     "to_lora",
     "unmerge",

@@ -297,6 +297,11 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: a part if it is a DTensor, else itself."""
+    return cast("Any", tensor).to_local() if is_sharded(tensor) else tensor
+
+
 def write(target: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor, of which this rank may hold but a part.
 
@@ -314,7 +319,7 @@ def write(target: Tensor, value: Tensor) -> None:
     part = distribute_tensor(
         value.to(target.dtype), spread.device_mesh, spread.placements, src_data_rank=None
     )
-    spread.to_local().copy_(part.to_local())
+    local(target).copy_(local(part))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -353,10 +358,9 @@ def _largest(gradients: Sequence[Tensor]) -> float:
 
 
 def _stored(gradient: Tensor) -> Tensor:
-    """What this rank holds of a gradient."""
-    if is_sharded(gradient):
-        return cast("Any", gradient).to_local()
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    """The numbers that this rank holds of a gradient."""
+    held = local(gradient)
+    return held.coalesce().values() if held.is_sparse else held
 
 
 def _groups(gradients: Iterable[Tensor]) -> list[Any]:
