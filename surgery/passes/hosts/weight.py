@@ -74,11 +74,13 @@ def _without_caches(module: WeightHost) -> WeightHost:
     Some attentions keep in a plain dict, while they evaluate, what they computed from a
     parameter. Kept from one mix of adapters it would be wrong for the next, and after an undo.
     """
-    caches = [name for name, value in module.__dict__.items() if _may_cache(name, value)]
+    # Of a copy: another thread may put an adapter in at this moment.
+    attributes = module.__dict__.copy()
+    caches = [name for name, value in attributes.items() if _may_cache(name, value)]
     if not caches:
         return module
     other = object.__new__(type(module))
-    other.__dict__.update(module.__dict__)
+    other.__dict__.update(attributes)
     for name in caches:
         other.__dict__[name] = {}
     return other
