@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from surgery.errors import CheckpointError
 
 _MAX_BYTES = 1 << 24
-#: Starts that leave the stock weight alone. With the others the factors in the file are those of
-#: a weight that PEFT changed first.
+#: Starts that leave the stock weight alone.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+#: Starts that take a part out of the weight which is the same at every start, so that the factors
+#: in a file are known to be those of the rest; each with our method of that start.
+_SPLITTING_STARTS = {"pissa": "pissa", "olora": "olora"}
 #: Fields that say where layers are, how they started or how PEFT trains and runs them: the file
 #: itself says which layers there are, and what they compute does not depend on the rest.
 _NO_MATTER = frozenset(
@@ -107,6 +109,16 @@ class AdapterConfig(BaseModel):
             _check_pattern(pattern, where)
         return config
 
+    @property
+    def method(self) -> str:
+        """Our method of such layers."""
+        return _SPLITTING_STARTS.get(str(self.init_lora_weights), "dora" if self.dora else "lora")
+
+    @property
+    def splits(self) -> bool:
+        """Whether the factors are those of what a start left of the weight."""
+        return self.init_lora_weights in _SPLITTING_STARTS
+
     def alpha_of(self, path: str) -> float:
         """The numerator for a layer, by PEFT's rule for patterns.
 
@@ -122,6 +134,8 @@ class AdapterConfig(BaseModel):
         return [(re.compile(rf"(.*\.)?({text})$"), alpha) for text, alpha in patterns.items()]
 
     def _check_start(self, where: str) -> None:
+        if self.splits and not self.dora:
+            return
         if self.init_lora_weights not in _PLAIN_STARTS:
             raise CheckpointError(
                 f"{where}: its factors are of a weight that PEFT changed when the adapter was made "

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from architectures.adapters import Adapter, Matrix, Method
+from architectures.adapters import Adapter, DoRA, Matrix, Method
 from surgery.adapters import active, merged, names
 from surgery.errors import ExportError
 from surgery.passes.base import passes_of
@@ -214,6 +214,8 @@ def _magnitude(
             "(DoRA) have no shares",
             hint="activate it alone: surgery.adapters.activate(model, NAME)",
         )
+    if isinstance(adapter, DoRA):
+        return adapter.lora_magnitude_vector.detach()
     weight = bank.matrix.fold(own_parameters(module)[place.parameter].detach())
     A, B = adapter.factors()
     length = (weight + adapter.scaling * (B @ A)).square().sum(-1).sqrt()

@@ -41,8 +41,9 @@ def load_adapter(
     """Put an adapter that PEFT or diffusers wrote beside the weights of a model, in place.
 
     It becomes a rewrite like any other: ``surgery.undo`` takes it out, ``surgery.save`` saves it,
-    it can be mixed, merged, trained on and exported. LoRA, rsLoRA and DoRA are read, on layers and
-    on parameters (``target_parameters``), with ranks and scalings of their own for some layers.
+    it can be mixed, merged, trained on and exported. LoRA, rsLoRA, DoRA, and PiSSA and OLoRA with
+    or without conversion are read, on layers and on parameters (``target_parameters``), with ranks
+    and scalings of their own for some layers.
     Stock weights that were trained along (``modules_to_save``, ``bias``) are put into the model,
     require gradients afterwards, and keep their values when the adapter is undone.
 
@@ -254,7 +255,7 @@ def _recipe(model: nn.Module, source: Source, targets: Sequence[_Target], adapte
     rules: list[Rule] = []
     for (rank, alpha, dropout, dtype), sites in groups.items():
         options = {
-            "method": "dora" if source.config.dora else "lora",
+            "method": source.config.method,
             "rank": rank,
             "alpha": alpha,
             "scaling": "rslora" if source.config.rslora else "standard",
@@ -338,6 +339,8 @@ def _read(
         kind = layout.kind_of(use.host, target.module, matrix)
         if target.parameter is not None:
             kind = "parameter"
+        elif source.config.splits and (kind != "linear" or matrix.transposed):
+            raise ValueError(f"{source.config.method!r} splits the weights of nn.Linear alone")
         elif kind == "parameter":
             raise ValueError(
                 "PEFT adds to the output of its forward, and what uses its weight here is "
@@ -352,8 +355,9 @@ def _read(
     found = {f"{prefix}.lora_A": A, f"{prefix}.lora_B": B}
     if magnitude is not None:
         found[f"{prefix}.{layout.MAGNITUDE}"] = magnitude
-    if found.keys() != edit.adds.keys():
-        odd = min(found.keys() ^ edit.adds.keys())
+    expected = {name for name, spec in edit.adds.items() if spec.trainable}
+    if found.keys() != expected:
+        odd = min(found.keys() ^ expected)
         side = "has" if odd in found else "lacks"
         raise CheckpointError(f"{source.where} {side} {odd.rpartition('.')[2]} of {target.name}")
     return found
