@@ -100,6 +100,8 @@ def linear_gradients(layer: Layer, G: Tensor) -> tuple[Tensor, Tensor]:
     """Those of ⟨G, W'⟩, computed by autograd."""
     layer.zero_grad()
     (G * layer.whole).sum().backward()
+    assert layer.A.grad is not None
+    assert layer.B.grad is not None
     return layer.A.grad, layer.B.grad
 
 
@@ -301,6 +303,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(caplog: pytest.LogCapture
     train([layer], optimizer, range(3))
     before = copy.deepcopy((layer.state_dict(), optimizer.state_dict()["state"]))
     regress([layer], 3).backward()
+    assert layer.B.grad is not None
     layer.B.grad[0, 0] = math.nan
     optimizer.step()
     torch.testing.assert_close((layer.state_dict(), optimizer.state_dict()["state"]), before)
