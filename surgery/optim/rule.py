@@ -38,6 +38,7 @@ logger = logging.getLogger("surgery")
 #: Before the names of what a rule keeps in an optimizer's state.
 PREFIX = "surgery_"
 _STEPS = f"{PREFIX}steps"
+_NOTHING = f"{PREFIX}nothing"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +123,17 @@ class StepRule(ABC):
             CheckpointError: it is the state of other adapters.
         """
         kept = cast("Mapping[str, Mapping[str, Tensor]]", state["kept"])
-        devices = {each.name: each.A.device for each in self.factors}
-        if unknown := sorted(kept.keys() - devices.keys()):
+        ours, theirs = _names(self.kept), _names(kept)
+        if ours != theirs:
+            differing = min(ours ^ theirs)
+            holder = "the state" if differing in theirs else "this run"
             raise CheckpointError(
-                f"the state of {type(self).__name__} is of an adapter {unknown[0]!r}, which this "
-                "model lacks",
+                f"of {type(self).__name__}, only {holder} has {differing[1]!r} of the adapter "
+                f"{differing[0]!r}",
                 hint="load the optimizer state into the model and recipe it was saved with",
             )
         self.steps = int(state["steps"])
+        devices = {each.name: each.A.device for each in self.factors}
         self.kept = {
             name: {key: value.detach().to(devices[name], copy=True) for key, value in own.items()}
             for name, own in kept.items()
@@ -143,6 +147,10 @@ class StepRule(ABC):
                 evaluates the loss several times per step (LBFGS).
         """
         return Attached(optimizer, self)
+
+
+def _names(kept: Mapping[str, Mapping[str, Tensor]]) -> set[tuple[str, str]]:
+    return {(adapter, name) for adapter, own in kept.items() for name in own}
 
 
 class Attached:
@@ -238,45 +246,54 @@ class Attached:
         """
         state = self.rule.state_dict()
         packed = dict(state_dict["state"])
-        for each, index in self._indices().items():
-            own = {f"{PREFIX}{key}": value for key, value in state["kept"].get(each, {}).items()}
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if not any(packed.values()):
+            # torch's distributed state dicts want a state of every parameter, or of none.
+            packed = {key: {_NOTHING: torch.zeros(())} for key in keys}
+        for each, key in self._keys(state_dict).items():
+            own = {f"{PREFIX}{name}": value for name, value in state["kept"].get(each, {}).items()}
             steps = torch.tensor(float(state["steps"]))
-            packed[index] = {**packed.get(index, {}), _STEPS: steps, **own}
+            packed[key] = {**packed.get(key, {}), _STEPS: steps, **own}
         return {**state_dict, "state": packed}
 
     def _read(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take the rule's state out of a state dict that is about to be loaded."""
-        packed = dict(state_dict["state"])
+        packed = {
+            key: {name: value for name, value in entry.items() if name != _NOTHING}
+            for key, entry in cast("dict[Any, dict[str, Any]]", state_dict["state"]).items()
+        }
         kept: dict[str, dict[str, Tensor]] = {}
         steps: set[int] = set()
-        for each, index in self._indices().items():
-            entry = cast("dict[str, Any]", packed.get(index, {}))
-            own = {key: value for key, value in entry.items() if key.startswith(PREFIX)}
-            if entry:
-                steps.add(int(own.pop(_STEPS, -1)))
-            if own:
-                kept[each] = {key.removeprefix(PREFIX): value for key, value in own.items()}
-            if rest := {key: value for key, value in entry.items() if not key.startswith(PREFIX)}:
-                packed[index] = rest
-            else:
-                packed.pop(index, None)
-        if -1 in steps or len(steps) > 1:
+        for each, key in self._keys(state_dict).items():
+            entry = packed.get(key, {})
+            if not entry:
+                continue
+            own = {name: entry.pop(name) for name in list(entry) if name.startswith(PREFIX)}
+            steps.add(int(own.pop(_STEPS, -1)))
+            kept[each] = {name.removeprefix(PREFIX): value for name, value in own.items()}
+        if not steps and not self.rule.steps:
+            return {**state_dict, "state": packed}  # of an optimizer that has made no step either
+        if -1 in steps or len(steps) != 1:
             raise CheckpointError(
                 f"the optimizer state was saved without {type(self.rule).__name__}, or with other "
                 "adapters",
                 hint="load the state first and attach the rule afterwards, to start the rule anew",
             )
-        self._loaded = {"steps": steps.pop() if steps else 0, "kept": kept}
-        return {**state_dict, "state": packed}
+        self._loaded = {"steps": steps.pop(), "kept": kept}
+        return {**state_dict, "state": {key: entry for key, entry in packed.items() if entry}}
 
     def _load(self, optimizer: Optimizer) -> None:
         if self._loaded is not None:
             self.rule.load_state_dict(self._loaded)
         self._loaded = None
 
-    def _indices(self) -> dict[str, int]:
-        """Adapter name → index of its A in the optimizer's state dict."""
-        places = {id(parameter): i for i, parameter in enumerate(_parameters(self.optimizer))}
+    def _keys(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Adapter name → key of its A in a state dict: a number, or a name in distributed ones."""
+        ours = [each for group in self.optimizer.param_groups for each in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if len(keys) != len(ours):
+            return {}  # torch says what is wrong with such a state
+        places = {id(parameter): key for parameter, key in zip(ours, keys, strict=True)}
         return {each.name: places[id(each.A)] for each in self.rule.factors}
 
 
