@@ -84,7 +84,7 @@ class Merged(Format):
         )
 
     def _outputs(self, model: nn.Module, example: Example) -> Any:
-        if self.adapter is None or adapters.merged(model):
+        if self.adapter is None or record_of(model) is None or adapters.merged(model):
             return outputs(model, example)
         with adapters.using(model, self.adapter):
             return outputs(model, example)
@@ -95,8 +95,9 @@ class Merged(Format):
         if record is None:
             return model
         whole = sharing(model, owned=writable(model, record))
-        self._merge(whole)
         places = [place for edit in record.edits for place in _places(edit)]
+        if places:
+            self._merge(whole)
         for place in places:
             module = whole.get_submodule(place.path)
             if bank_of(module, place.parameter) is not None:

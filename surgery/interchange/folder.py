@@ -39,6 +39,7 @@ _ENTRY = re.compile(
     r"|lora_magnitude_vector(?=(?:\.weight)?$))(?:(?<=vector)\.weight)?"
 )
 _TIED_TO_PEFT = re.compile(r"\.lora_[A-Za-z]")
+_KOHYA = ("lora_unet_", "lora_te")
 _OLD_DIFFUSERS = ("lora.down.weight", "_lora.down.weight", "lora_linear_layer.down.weight")
 
 
@@ -139,6 +140,7 @@ def _of_diffusers(path: Path, components: set[str], prefix: str | None) -> Sourc
             f"{path} is no .safetensors file; other kinds can run any code when they are read"
         )
     slots = tensorfile.contents(path)
+    _refuse_kohya(path, slots)
     metadata = _diffusers_metadata(path)
     chosen = prefix if prefix is not None else _prefix(path, slots, components)
     lead = f"{chosen}." if chosen else ""
@@ -157,6 +159,17 @@ def _of_diffusers(path: Path, components: set[str], prefix: str | None) -> Sourc
     return _sorted(str(path), _diffusers_config(path, own, named, alphas), named)
 
 
+def _refuse_kohya(path: Path, names: Iterable[str]) -> None:
+    odd = next((name for name in names if name.startswith(_KOHYA)), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{path}: names such as {odd} are of kohya's trainer, and do not say which module they "
+            "are of",
+            hint="load the file into a pipeline of diffusers, which knows them, and save it from "
+            "there: pipe.load_lora_weights(file), pipe.unet.save_lora_adapter(folder)",
+        )
+
+
 def _diffusers_metadata(path: Path) -> dict[str, Any]:
     told = tensorfile.metadata(path).get(DIFFUSERS_METADATA)
     if told is None:
@@ -170,7 +183,7 @@ def _diffusers_metadata(path: Path) -> dict[str, Any]:
 
 def _prefix(path: Path, names: Iterable[str], components: set[str]) -> str:
     """The part of a pipeline's file whose layers are those of the model."""
-    modules = {_module_of(name) for name in names if not name.startswith("lora_")}
+    modules = {_module_of(name) for name in names}
     leads = sorted({name.partition(".")[0] for name in modules})
     fitting = [
         lead
@@ -276,9 +289,7 @@ def _sorted(where: str, config: AdapterConfig, named: Mapping[str, Tensor]) -> S
             (base if WRAPPED in parts and parts[-1] != "bias" else stock)[plain] = tensor
     if not entries:
         raise CheckpointError(
-            f"{where} holds no layer of an adapter: {_leads(named)}",
-            hint="files of kohya (lora_unet_...) are loaded into a pipeline of diffusers and saved "
-            "from there",
+            f"{where} holds no layer of an adapter", hint=_leads(named) if named else None
         )
     return Source(where, config, tuple(entries.values()), stock, base)
 
