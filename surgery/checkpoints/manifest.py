@@ -114,6 +114,11 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         raise _not_ours(folder)
     data = _parse(path)
+    if data.get("kind") == "export":
+        raise CheckpointError(
+            f"{folder} is an export in the format {data.get('export')!r}, not a saved model",
+            hint="load it with the program that format is for, or export the saved model again",
+        )
     _check_format(path, data)
     told = data.pop("checksum", None)
     if told != _checksum(data):

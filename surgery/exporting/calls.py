@@ -85,14 +85,14 @@ class ModelFunction(TensorFunction):
     """
 
     def __init__(self, model: nn.Module, example: Example) -> None:
-        self.quiet = {"use_cache": False} if takes(model, "use_cache") else {}
-        flat, self.form = self._flat(example)
-        names = _names(model, [path for path, _ in flat])
+        quiet = {"use_cache": False} if takes(model, "use_cache") else {}
+        flat, form = _flat(example, quiet)
         slots = [isinstance(leaf, Tensor) for _, leaf in flat]
-        free = [name for name, slot in zip(names, slots, strict=True) if slot]
-        super().__init__(model, self._taken(example, free), free)
+        named = zip(_names(model, [path for path, _ in flat]), slots, strict=True)
+        names = [name for name, slot in named if slot]
+        super().__init__(model, _taken(example, names), names)
+        self.quiet, self.form, self.slots = quiet, form, slots
         self.fixed = [None if slot else leaf for (_, leaf), slot in zip(flat, slots, strict=True)]
-        self.slots = slots
         self.signed()
 
     def compute(self, given: Sequence[Tensor]) -> Outputs:
@@ -110,23 +110,26 @@ class ModelFunction(TensorFunction):
         Raises:
             ExportError: it is of another form, for example with another number of list entries.
         """
-        _, form = self._flat(example)
+        _, form = _flat(example, self.quiet)
         if form != self.form:
             raise ExportError(
                 "the example has lists with one entry for each row of the batch, which are fixed "
                 "in the export",
                 hint="let nothing vary: -O dynamic=[]",
             )
-        return self._taken(example, self.names)
+        return _taken(example, self.names)
 
-    def _taken(self, example: Example, names: Sequence[str]) -> Example:
-        positional = len(Example(example.args).tensors())
-        found = example.tensors()
-        named = dict(zip(names[positional:], found[positional:], strict=True))
-        return Example(tuple(found[:positional]), named)
 
-    def _flat(self, example: Example) -> tuple[list[tuple[Any, Any]], TreeSpec]:
-        return tree_flatten_with_path((example.args, {**example.kwargs, **self.quiet}))
+def _taken(example: Example, names: Sequence[str]) -> Example:
+    """The tensors of a call: by position where they were, the others by name."""
+    positional = len(Example(example.args).tensors())
+    found = example.tensors()
+    named = dict(zip(names[positional:], found[positional:], strict=True))
+    return Example(tuple(found[:positional]), named)
+
+
+def _flat(example: Example, quiet: Mapping[str, Any]) -> tuple[list[tuple[Any, Any]], TreeSpec]:
+    return tree_flatten_with_path((example.args, {**example.kwargs, **quiet}))
 
 
 def _names(model: nn.Module, paths: Sequence[tuple[Any, ...]]) -> list[str]:

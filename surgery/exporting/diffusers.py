@@ -21,7 +21,7 @@ from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import rewrites_of
-from surgery.exporting.python import write_weights
+from surgery.exporting.weights import write_weights
 from surgery.rules.strict import options
 from surgery.sources import Example
 
@@ -63,7 +63,7 @@ class Diffusers(Format):
     def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
         """Load it in a process that cannot import this library."""
         remote_code = ", trust_remote_code=True" if rewrites_of(model).any else ""
-        load = f"diffusers.AutoModel.from_pretrained(folder{remote_code})"
+        load = f"diffusers.AutoModel.from_pretrained(str(folder){remote_code})"
         dtype = str(next(model.parameters()).dtype)
         body = f"import diffusers\nmodel = {load}.to({dtype}).eval()"
         found = apart.run(written, body, example)

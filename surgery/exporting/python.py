@@ -19,15 +19,13 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import nn
 
 from surgery.capture.graft import stock_class
-from surgery.checkpoints import tensorfile
-from surgery.checkpoints.inventory import check_storable, take
-from surgery.errors import CheckpointError, ExportError
 from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import obstacle, rewrites_of
 from surgery.exporting.code.text import Code, calls, literal
 from surgery.exporting.provenance import NAME
+from surgery.exporting.weights import write_weights
 from surgery.rules.strict import options
 from surgery.sources import Example, describe, why_undescribed
 from surgery.sources.libraries import PLAIN, library_of, require
@@ -112,23 +110,6 @@ class Python(Format):
     def versions(self) -> dict[str, str]:
         """Of safetensors."""
         return {"safetensors": version("safetensors")}
-
-
-def write_weights(model: nn.Module, file: Path, dropped: frozenset[str]) -> dict[str, str]:
-    """Write what a state dict of the exported model holds; returns further names of its tensors.
-
-    Raises:
-        ExportError: a tensor cannot be stored.
-    """
-    found = take(model)
-    state = {name: tensor for name, tensor in found.state.items() if name not in dropped}
-    try:
-        for name, tensor in state.items():
-            check_storable(name, tensor)
-    except CheckpointError as error:
-        raise ExportError(error.message, hint=error.hint) from None
-    tensorfile.write(file, list(state.items()), lambda _: None)
-    return {alias: name for alias, name in found.ties.items() if name in state}
 
 
 def _build(model: nn.Module, code: Code, *, rewritten: bool) -> str:

@@ -15,12 +15,13 @@ from surgery.sources.libraries import library_of, require
 
 MODULE = "modeling_rewritten"
 
-_DOCSTRING = """{name}: a {stock} of {library} with its rewrite, loaded with ``trust_remote_code=True``.
+_DOCSTRING = """{name}: a {stock} of {library} with its rewrite.
 
+Loaded with ``trust_remote_code=True``.
 Made by model-surgery; how and from what is in ``surgery.json``. Tested with the versions below.
 """
 
-_VERSIONS = '''#: What this file was tested with.
+_VERSIONS = """#: What this file was tested with.
 TESTED: dict[str, str] = {tested}
 
 
@@ -34,7 +35,7 @@ def _check_versions() -> None:
             )
 
 
-_check_versions()'''
+_check_versions()"""
 
 
 def misfit(model: nn.Module, library: str) -> str | None:
@@ -55,7 +56,12 @@ def rewritten_name(cls: type) -> str:
 
 
 def modeling_file(
-    work: Path, model: nn.Module, rewrites: Rewrites, *, config_class: type | None, tested: dict[str, str]
+    work: Path,
+    model: nn.Module,
+    rewrites: Rewrites,
+    *,
+    config_class: type | None,
+    tested: dict[str, str],
 ) -> str:
     """Write the file and return the name of the model's class in it.
 

@@ -1,4 +1,4 @@
-"""``transformers``: a folder that ``AutoModel*.from_pretrained(dir, trust_remote_code=True)`` loads.
+"""``transformers``: a folder that ``AutoModel*.from_pretrained`` loads with ``trust_remote_code``.
 
 The modelling file is generated from the rewritten methods and the inserted modules and subclasses
 the stock classes; nothing of this library is needed to load it.
@@ -21,7 +21,8 @@ from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import Rewrites, rewrites_of
-from surgery.exporting.python import write_weights
+from surgery.exporting.weights import write_weights
+from surgery.record import record_of
 from surgery.rules.strict import options
 from surgery.sources import SOURCE_ATTRIBUTE, Example
 
@@ -47,10 +48,13 @@ class Transformers(Format):
 
     def misfit(self, model: nn.Module) -> str | None:
         """Models of other libraries, and rewrites that are no text."""
-        return remote.misfit(model, "transformers")
+        return None if _is_remote(model) else remote.misfit(model, "transformers")
 
     def write(self, model: nn.Module, work: Path, example: Example) -> None:
         """Configuration, weights, and the modelling file if one is needed."""
+        if _is_remote(model):  # brings its own modelling file along
+            cast("Any", model).save_pretrained(work)
+            return
         rewrites = rewrites_of(model)
         config = cast("Any", model).config
         data: dict[str, Any] = config.to_dict()
@@ -67,9 +71,8 @@ class Transformers(Format):
 
     def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
         """Load it in a process that cannot import this library."""
-        auto = "AutoModel"
-        if rewrites_of(model).any:
-            auto = next(iter(_auto_classes(model)), "AutoModel")
+        if _is_remote(model) or rewrites_of(model).any:
+            auto = _auto_class(model)
             load = f"transformers.{auto}.from_pretrained(folder, trust_remote_code=True)"
         else:
             auto = stock_class(model).__name__
@@ -87,9 +90,7 @@ class Transformers(Format):
     def _remote(self, model: nn.Module, work: Path, rewrites: Rewrites) -> dict[str, Any]:
         config_class = type(cast("Any", model).config)
         tested = {name: version(name) for name in ("torch", "transformers")}
-        name = remote.modeling_file(
-            work, model, rewrites, config_class=config_class, tested=tested
-        )
+        name = remote.modeling_file(work, model, rewrites, config_class=config_class, tested=tested)
         where = f"{remote.MODULE}.{name}"
         autos = list(_auto_classes(model)) or ["AutoModel"]
         return {
@@ -100,6 +101,18 @@ class Transformers(Format):
                 **dict.fromkeys(autos, where),
             },
         }
+
+
+def _is_remote(model: nn.Module) -> bool:
+    """Whether a model was loaded with remote code, as an earlier export is, and is as loaded."""
+    loaded_by: Any = vars(stock_class(model)).get("_auto_class")
+    return loaded_by is not None and record_of(model) is None
+
+
+def _auto_class(model: nn.Module) -> str:
+    if _is_remote(model):
+        return str(vars(stock_class(model))["_auto_class"])
+    return next(_auto_classes(model), "AutoModel")
 
 
 def _auto_classes(model: nn.Module) -> Iterator[str]:

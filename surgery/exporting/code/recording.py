@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.utils.output_capturing import _active_collector  # pyright: ignore
+from transformers.utils.output_capturing import _active_collector  # pyright: ignore[reportPrivateUsage]
 
 
 def recorded(before: Tensor, after: Tensor) -> None:

@@ -1,0 +1,91 @@
+"""Generated files: nothing of a checkpoint or a rule file gets into them as code."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from surgery.exporting.code.inline import Inlined, is_copied
+from surgery.exporting.code.rewrites import Rewired, Rewrites, rewrites_of
+from surgery.exporting.code.text import Code, identifier, literal
+from surgery.passes.streams import Stream
+from tests.exporting import models
+
+HOSTILE = st.text(alphabet=st.sampled_from("a0_.'\"\\\n{}();#\r\t\u2028\0é"), max_size=12)
+
+
+@given(HOSTILE)
+def test_a_literal_is_the_value_and_nothing_else(text: str) -> None:
+    assert ast.literal_eval(literal(text)) == text
+    assert isinstance(ast.parse(literal(text), mode="eval").body, ast.Constant)
+
+
+@given(HOSTILE)
+def test_an_identifier_is_one_or_refused(text: str) -> None:
+    try:
+        name = identifier(text)
+    except surgery.ExportError:
+        return
+    assert isinstance(ast.parse(name, mode="eval").body, ast.Name)
+
+
+@pytest.mark.parametrize("value", [nn.Linear(1, 1), float("nan"), object])
+def test_what_is_no_literal_is_refused(value: Any) -> None:
+    with pytest.raises(surgery.ExportError, match="cannot be written"):
+        literal(value)
+
+
+@functools.cache
+def rewrites() -> Rewrites:
+    return rewrites_of(models.rewired("mlp"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(HOSTILE, HOSTILE, HOSTILE)
+def test_names_of_modules_and_arguments_stay_strings(holder: str, member: str, word: str) -> None:
+    found = rewrites()
+    one = found.shortcuts[0]
+    one.segment.members = (member, *one.segment.members[1:])
+    one.segment.streams = (Stream(0, word),)
+    changed = Rewired(holder, member, one.segment, one.arguments)
+    code = Code(Rewrites(found.classes, (changed,)))
+    rewrite = ast.parse(code.rewrite()).body[-1]
+    assert isinstance(rewrite, ast.FunctionDef)
+    called = {
+        node.func.id
+        for node in ast.walk(rewrite)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert called == {"Shortcuts", "Stream", "Ancre"}
+    texts = {node.value for node in ast.walk(rewrite) if isinstance(node, ast.Constant)}
+    assert {holder, member, word} <= texts
+
+
+def test_a_text_has_what_it_needs() -> None:
+    inlined = Inlined()
+    inlined.add("architectures.shortcuts.ancre", "Ancre")
+    inlined.add("architectures.shortcuts.ancre", "Ancre")
+    names: dict[str, Any] = {"__name__": "made"}
+    exec(compile(inlined.text(), "<made>", "exec", dont_inherit=True), names)  # noqa: S102
+    assert names["Ancre"](3)().shape == (3, 3)
+    assert not names["Ancre"].__module__.startswith("architectures")
+
+
+def test_two_things_of_one_name_are_refused() -> None:
+    inlined = Inlined()
+    inlined.add("collections", "Counter")
+    inlined.add("collections", "Counter")
+    with pytest.raises(surgery.ExportError, match="two different things are called 'Counter'"):
+        inlined.claim("Counter", object())
+
+
+def test_libraries_are_imported_and_the_rest_is_copied() -> None:
+    assert not any(map(is_copied, ("torch.nn", "timm.models", "ast", "transformers")))
+    assert all(map(is_copied, ("surgery.tree", "architectures.backbones", "somebody.elses")))
