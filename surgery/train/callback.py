@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from surgery import adapters
 from surgery.capture.graft import graft, grafts
 from surgery.checkpoints import save
-from surgery.errors import ExportError, ModelStateError, TrainingError
+from surgery.errors import CheckpointError, ExportError, ModelStateError
 from surgery.optim.rule import PREFIX
 from surgery.passes.lowrank import LowRank
 from surgery.record import Record, record_of
 from surgery.save_guard import not_baked
+from surgery.train import checkpoints
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -34,7 +35,7 @@ else:
     _Module = object
 
 _MANIFEST = "surgery.json"
-_WHOLE = (torch.float32, torch.float64)
+_RULES = "surgery-rules"
 
 
 class SavedWhole(_Module):
@@ -75,23 +76,27 @@ class SurgeryCallback(TrainerCallback):
     """Makes the Trainer train a rewritten model as its methods ask for, and save it.
 
     At the start of training the step rules of the adapters (RefLoRA, ScaLoRA, LoRA-Pro, ...) are
-    attached to the optimizer, after whatever accelerate did to it. What they keep travels in the
-    optimizer's state, so that ``resume_from_checkpoint`` goes on exactly.
+    attached to the optimizer, after whatever accelerate did to it. What they keep is saved with
+    every checkpoint, so that ``resume_from_checkpoint`` goes on exactly.
 
     SORSA's penalty is no matter of the optimizer: add ``surgery.adapters.penalty(model)`` in
     ``Trainer.compute_loss``; the callback refuses a model that has one, unless told.
 
     Args:
         penalty_added: That ``compute_loss`` adds the penalty.
-        prepared: The plain optimizer that was given to the Trainer (``optimizers=``), where
-            ``surgery.adapters.prepare`` was called on it before. Adapters in bfloat16 or float16
-            need that for a resume, since the Trainer's way through torch would round what rules
-            keep.
+        resume_from: The checkpoint that ``train(resume_from_checkpoint=...)`` is given, where it is
+            not one of ``args.output_dir``.
     """
 
-    def __init__(self, *, penalty_added: bool = False, prepared: Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        penalty_added: bool = False,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._penalty_added = penalty_added
-        self._prepared = prepared
+        self._resume_from = resume_from
+        self._prepared: Optimizer | None = None
 
     def on_init_end(
         self,
@@ -126,7 +131,7 @@ class SurgeryCallback(TrainerCallback):
 
         Raises:
             ModelStateError: a method adds a penalty to the loss, and nothing adds it.
-            TrainingError: low-precision adapters are resumed through the Trainer.
+            CheckpointError: what the rules kept is missing, or is of another checkpoint.
         """
         model, optimizer = cast("nn.Module", kwargs["model"]), plain(kwargs["optimizer"])
         record = record_of(model) or Record()
@@ -135,13 +140,31 @@ class SurgeryCallback(TrainerCallback):
         self._check_penalty(model)
         if optimizer is self._prepared:
             return
+        # The Trainer has loaded it before there was a rule that could have taken its part.
         loaded = optimizer.state_dict()
-        _check_exact(optimizer)
-        adapters.prepare(model, optimizer)
-        if state.global_step:
-            # The Trainer has loaded it before there was a rule that could have taken its part.
-            optimizer.load_state_dict(loaded)
+        rules = adapters.prepare(model, optimizer).rules
+        if rules and state.global_step:
+            folder = self._resume_from or _checkpoint(args, state)
+            optimizer.load_state_dict(_exact(loaded, Path(folder)))
         self._prepared = optimizer
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Write what the rules keep beside the Trainer's files.
+
+        It is in the optimizer's state too, but torch rounds that to the dtype of the adapters
+        when it is loaded.
+        """
+        if not state.is_world_process_zero or self._prepared is None:
+            return
+        kept = _ruled(self._prepared.state_dict())
+        if kept:
+            checkpoints.write_state(_cleared(_checkpoint(args, state)), kept, _RULES)
 
     def _check_penalty(self, model: nn.Module) -> None:
         if self._penalty_added or not adapters.penalty(model).requires_grad:
@@ -161,17 +184,55 @@ def plain(optimizer: Any) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _check_exact(optimizer: Optimizer) -> None:
-    for parameter, kept in optimizer.state.items():
-        ruled = any(isinstance(key, str) and key.startswith(PREFIX) for key in kept)
-        if ruled and parameter.dtype not in _WHOLE:
-            raise TrainingError(
-                f"adapters of {parameter.dtype} cannot be resumed exactly: torch has rounded what "
-                "their step rule keeps",
-                hint="surgery.adapters.prepare(model, optimizer) before, then "
-                "Trainer(optimizers=(optimizer, None), callbacks=[SurgeryCallback("
-                "prepared=optimizer)])",
-            )
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _cleared(folder: Path) -> Path:
+    """A checkpoint's folder without what an earlier training left there."""
+    for ending in (".json", ".safetensors"):
+        (folder / f"{_RULES}{ending}").unlink(missing_ok=True)
+    return folder
+
+
+def _ruled(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What rules keep in an optimizer's state: number of the parameter → name → tensor."""
+    kept = {
+        str(index): {key: value for key, value in own.items() if key.startswith(PREFIX)}
+        for index, own in state["state"].items()
+    }
+    return {index: own for index, own in kept.items() if own}
+
+
+def _exact(loaded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An optimizer's state with what rules kept in all its bits.
+
+    Raises:
+        CheckpointError: that is missing, or is not what the state holds but for its rounding.
+    """
+    if not (folder / f"{_RULES}.json").is_file():
+        raise CheckpointError(
+            f"{folder} does not hold what the step rules of the adapters kept ({_RULES}.json)",
+            hint="resume a training that had the SurgeryCallback; if the checkpoint lies in "
+            "another folder than output_dir, name it: SurgeryCallback(resume_from=...)",
+        )
+    exact: dict[str, dict[str, Tensor]] = checkpoints.read_state(folder, _RULES)
+    state = {index: dict(own) for index, own in loaded["state"].items()}
+    for index, own in _ruled(loaded).items():
+        for key, rounded in own.items():
+            kept = exact.get(index, {}).get(key)
+            if kept is None or not _rounds_to(kept, rounded):
+                raise CheckpointError(
+                    f"{folder / _RULES}.json is of another checkpoint than the optimizer's state",
+                    hint="name the checkpoint: SurgeryCallback(resume_from=...)",
+                )
+            state[int(index)][key] = kept
+    return {**loaded, "state": state}
+
+
+def _rounds_to(exact: Tensor, rounded: Tensor) -> bool:
+    same = exact.to(rounded).isclose(rounded, rtol=0, atol=0, equal_nan=True)
+    return exact.shape == rounded.shape and bool(same.all())
 
 
 def _save_into(model: nn.Module, folder: Path) -> None:

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -29,11 +29,13 @@ from surgery.train.views.runs import CONFIG, Group, Record, read_run
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from surgery.train.config import PretrainConfig
+    from surgery.train.config import PretrainConfig, RunConfig
+
+C = TypeVar("C", bound="RunConfig")
 
 #: Trains a configuration in a folder, going on from what is there. Returns the peak of memory in
 #: bytes, or None where it cannot be known.
-Runner = Callable[["PretrainConfig", Path], int | None]
+Runner = Callable[[C, Path], int | None]
 Tell = Callable[[str], None]
 
 MEASURED = "measured.json"
@@ -259,7 +261,7 @@ def compare(
     out: Path,
     *,
     budget: int | None = None,
-    runner: Runner | None = None,
+    runner: Runner[PretrainConfig] | None = None,
     tell: Tell | None = None,
 ) -> Comparison:
     """Train every configuration with every seed, in ``out/<name>/seed-<seed>``, and compare them.
@@ -302,7 +304,7 @@ def compare(
     return result
 
 
-def train_once(config: PretrainConfig, folder: Path, run: Runner) -> None:
+def train_once(config: C, folder: Path, run: Runner[C]) -> None:
     """Train one run, or go on with it, and note its peak of memory beside it."""
     from surgery.train import engine
 
@@ -348,14 +350,12 @@ def report(folders: Mapping[str, Mapping[int, Path]], out: Path) -> Comparison:
     return Comparison(steps, seeds, rows, (*notes, *busy), out)
 
 
-def seeded(config: PretrainConfig, seed: int) -> PretrainConfig:
+def seeded(config: C, seed: int) -> C:
     """The configuration with another seed."""
-    from surgery.train.config import PretrainConfig
-
-    return PretrainConfig.parse({**config.dump(), "seed": seed})
+    return type(config).parse({**config.dump(), "seed": seed})
 
 
-def finished(config: PretrainConfig, folder: Path) -> bool:
+def finished(config: RunConfig, folder: Path) -> bool:
     """Whether a folder holds this very run, done to its end.
 
     Raises:
@@ -364,9 +364,7 @@ def finished(config: PretrainConfig, folder: Path) -> bool:
     written = folder / CONFIG
     if not written.is_file():
         return False
-    from surgery.train.config import PretrainConfig
-
-    found = PretrainConfig.load(written)
+    found = type(config).load(written)
     if found != config:
         raise TrainingError(
             f"{folder} holds a run of another configuration: "

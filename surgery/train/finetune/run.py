@@ -17,7 +17,7 @@ from surgery.table import human_count
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import TOKENIZER, with_tokenizer
 from surgery.train.keeping import Everything, Kept
-from surgery.train.run import Job, Run, run_job
+from surgery.train.run import MODEL, Job, Run, run_job
 from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Finetuning(Job):
             return None
         return (
             f"no {ADAPTER}/: an adapter alone would leave out {len(changed)} stock tensors that "
-            f"were trained or changed, such as {changed[0]}; {out / 'model'} has everything"
+            f"were trained or changed, such as {changed[0]}; {MODEL}/ has everything"
         )
 
     def _changed(self, model: nn.Module) -> list[str]:

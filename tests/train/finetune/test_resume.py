@@ -22,9 +22,8 @@ from tests.train.finetune import tiny
 from tests.train.tiny import log
 
 STEPS = 30
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "reflora": {"options": {"warmup": 4}},
-    "lora-pro": {},
     # Folds into the base weight at every step, which a resume would else load from the source.
     "scalora": {},
 }

