@@ -787,7 +787,11 @@ def load(
     """The model a command was given: a rewritten one from its folder, or a stock one."""
     folder = Path(model)
     if (folder / "surgery.json").is_file():
-        return restored(folder, None, device)
+        from surgery.exporting import provenance
+
+        # An export for transformers or diffusers is a folder of that library.
+        if not (provenance.is_export(folder) and (folder / "config.json").is_file()):
+            return restored(folder, None, device)
     with progress.task(f"loading {model}"):
         return surgery.load(
             model,

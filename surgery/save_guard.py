@@ -42,8 +42,9 @@ class GuardedModel(_Module):
                 f"{stock_class(self).__name__}.save_pretrained would write a folder that loads "
                 f"as the model without its rewrites, such as that of {apart.site} "
                 f"({apart.summary})",
-                hint="surgery.save(model, folder) keeps them; or merge the adapters into the "
-                "weights, or undo the rewrites, and call save_pretrained again",
+                hint="surgery.save(model, folder) keeps them, and surgery.export(model, folder, "
+                "format=...) writes them for others; or merge the adapters into the weights, or "
+                "undo the rewrites, and call save_pretrained again",
             )
         added = _added_names(self, record)
 

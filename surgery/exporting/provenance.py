@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
@@ -88,17 +88,26 @@ def read(folder: Path) -> Provenance:
         raise ExportError(f"{folder} has no {NAME}, so surgery.export did not write it") from None
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is damaged: {error}") from None
-    if not isinstance(data, dict) or data.get("kind") != "export":  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(data, dict) or cast("dict[str, Any]", data).get("kind") != "export":
         raise ExportError(f"{path} is not that of an export")
-    told: Any = data.pop("checksum", None)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if told != checksum(data):  # pyright: ignore[reportUnknownArgumentType]
+    fields = cast("dict[str, Any]", data)
+    if fields.pop("checksum", None) != checksum(fields):
         raise ExportError(f"{path} was changed after it was written: its checksum does not fit")
     try:
-        return Provenance.model_validate(data)
+        return Provenance.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ExportError(f"{path} is damaged: {where}: {first['msg']}") from None
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder says that it is an export. Nothing else in it is looked at."""
+    try:
+        data: Any = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and cast("dict[str, Any]", data).get("kind") == "export"
 
 
 def check_replaceable(folder: Path) -> None:
