@@ -302,6 +302,8 @@ _attached: WeakKeyDictionary[Optimizer, list[Attached]] = WeakKeyDictionary()
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which each rank holds a part."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor

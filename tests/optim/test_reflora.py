@@ -179,7 +179,7 @@ def test_rank_deficient_factors_get_the_best_multiple_of_the_identity(kind, zero
 def test_factors_of_any_rank_and_scale_give_finite_gradients(seed, rank, kept, scale):
     A, B, grad_A, grad_B = (each.float() for each in pair(rank, 11, 9, seed))
     B = (B[:, :kept] @ torch.randn(min(kept, rank), rank)) * 10.0**scale
-    new = precondition(A, B, grad_A * 10.0**min(scale, 0), grad_B)
+    new = precondition(A, B, grad_A * 10.0 ** min(scale, 0), grad_B)
     assert all(each.isfinite().all() for each in new)
 
 
@@ -284,9 +284,7 @@ def test_b_leaves_zero_without_a_warm_up(kind):
 @pytest.mark.parametrize("call", ["function", "rule"])
 def test_nothing_waits_for_the_device(call):
     with FakeTensorMode():
-        tensors = [
-            torch.randn(*shape, device="cuda") for shape in [(4, 9), (7, 4), (4, 9), (7, 4)]
-        ]
+        tensors = [torch.randn(*shape, device="cuda") for shape in [(4, 9), (7, 4), (4, 9), (7, 4)]]
         with pytest.raises(DataDependentOutputException):
             tensors[0].sum().item()
         if call == "function":
