@@ -11,14 +11,14 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.inventory import places
+from surgery.checkpoints.inventory import places, take
 from surgery.editing import undo
-from surgery.errors import CheckpointError, NoMatch, RuleError
+from surgery.errors import CheckpointError, RuleError
 from surgery.interchange import folder as files
 from surgery.interchange import layout
 from surgery.interchange.folder import Entry, Source
 from surgery.interchange.layers import matrix_of, places_of, site_of
-from surgery.passes.hosts import Place
+from surgery.passes.hosts import Place, hosting_of
 from surgery.passes.lowrank import LowRank
 from surgery.planning import Plan, plan
 from surgery.record import Edit
@@ -135,6 +135,11 @@ def _holds_others(module: nn.Module) -> bool:
 def _target(module: nn.Module, entry: Entry, source: Source) -> _Target:
     parameter = _parameter(module, entry, source)
     weight = own_parameters(module).get(parameter or "weight")
+    if weight is not None and weight.is_meta:
+        raise CheckpointError(
+            f"{entry.path} is on the meta device, where an adapter has no values",
+            hint="load the model's weights first",
+        )
     name = joined(entry.path, parameter or "")
     rank = _rank(entry, weight if parameter is not None else None, source)
     dropout = 0.0 if parameter or isinstance(module, nn.Embedding) else source.config.dropout
@@ -227,6 +232,7 @@ def _check_stock(model: nn.Module, source: Source) -> None:
                 hint="pass the model that the adapter was trained beside; if its vocabulary was "
                 "resized, resize the model's first",
             )
+    _check_ties(model, source)
     for name, tensor in source.base.items():
         if not torch.equal(where[name].detach().cpu().to(tensor.dtype), tensor):
             raise CheckpointError(
@@ -235,11 +241,28 @@ def _check_stock(model: nn.Module, source: Source) -> None:
             )
 
 
+def _check_ties(model: nn.Module, source: Source) -> None:
+    """Raise if a stock tensor came along for one of its names and not for another.
+
+    PEFT unties a module whose weights it saves; here it would change the other module as well.
+    """
+    for alias, name in take(model).ties.items():
+        one, other = source.stock.get(alias), source.stock.get(name)
+        if one is None and other is None:
+            continue
+        if one is None or other is None or not torch.equal(one, other):
+            raise CheckpointError(
+                f"{source.where} holds trained weights for {name if one is None else alias}, which "
+                f"is one tensor with {alias if one is None else name} in this model",
+                hint="untie them first, for example with tie_word_embeddings=False in the config",
+            )
+
+
 def _plan(model: nn.Module, source: Source, targets: Sequence[_Target], adapter: str) -> Plan:
     recipe = _recipe(model, source, targets, adapter)
     try:
         return plan(model, recipe)
-    except (RuleError, NoMatch) as error:
+    except RuleError as error:
         raise CheckpointError(
             f"{source.where} does not fit this {type(model).__name__}: {error.message}",
             hint=error.hint,
@@ -269,7 +292,8 @@ def _recipe(model: nn.Module, source: Source, targets: Sequence[_Target], adapte
 
 def _built(source: Source, options: Mapping[str, object], where: object) -> Rule:
     try:
-        return Rule(LowRank(**options), where=where)  # type: ignore[arg-type]
+        # Optional: what no rule reaches is told by its name and its reason.
+        return Rule(LowRank(**options), where=where, optional=True)  # type: ignore[arg-type]
     except RuleError as error:
         raise CheckpointError(
             f"{source.where} cannot be loaded: {error.message}", hint=error.hint
@@ -308,6 +332,7 @@ def _values(
             not say the same of all of them.
     """
     by_site = {target.site: target for target in targets}
+    _check_covered(source, planned, by_site)
     values: dict[str, Tensor] = {}
     for edit in planned.edits:
         uses = places_of(edit)
@@ -329,6 +354,23 @@ def _values(
                 )
         values |= read[0]
     return values
+
+
+def _check_covered(source: Source, planned: Plan, by_site: Mapping[str, _Target]) -> None:
+    """Raise if a layer of the file is none that can be adapted here.
+
+    Raises:
+        CheckpointError: the plan leaves it out.
+    """
+    covered = {site_of(use) for edit in planned.edits for use in places_of(edit)}
+    left_out = next((site for site in by_site if site not in covered), None)
+    if left_out is not None:
+        target = by_site[left_out]
+        why = hosting_of(target.module, target.parameter, read_outside=False)
+        raise CheckpointError(
+            f"{source.where} adapts {left_out}, a {type(target.module).__name__}, which cannot be "
+            f"adapted here: {why if isinstance(why, str) else 'no rule reaches it'}"
+        )
 
 
 def _read(

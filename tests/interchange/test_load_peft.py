@@ -298,6 +298,41 @@ def test_a_convolution_that_peft_adapts_in_a_way_of_its_own(tmp_path: FilePath) 
     refused(model, tmp_path, "of 2 groups")
 
 
+def test_a_layer_that_we_cannot_adapt(tmp_path: FilePath) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(4, 4)
+            self.attn = torch.nn.MultiheadAttention(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.attn(y, y, y)[0]
+
+    model = Net()
+    in_peft(model, r=2, target_modules=["first", "attn"]).save_pretrained(tmp_path)
+    refused(model, tmp_path, "adapts attn, a MultiheadAttention, which cannot be adapted here")
+
+
+def test_trained_weights_of_one_of_two_tied_modules(tmp_path: FilePath) -> None:
+    model, _ = zoo.build("gpt2")
+    wrapped = in_peft(model, r=2, target_modules=["c_attn"], modules_to_save=["lm_head"])
+    wrapped.save_pretrained(tmp_path)
+    refused(model, tmp_path, r"trained weights for lm_head\.weight, which is one tensor")
+
+
+def test_a_model_without_values(tmp_path: FilePath) -> None:
+    model, _, _ = llama()
+    saved(model, tmp_path)
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        surgery.load_adapter(model.to("meta"), tmp_path)
+    assert not adapters_in(model)
+
+
+def adapters_in(model: Any) -> bool:
+    return any("lowrank" in name for name, _ in model.named_parameters())
+
+
 def edited(folder: FilePath, **fields: Any) -> None:
     path = folder / "adapter_config.json"
     data = json.loads(path.read_text())
