@@ -41,6 +41,9 @@ Kind = Literal["none", "scalar", "column"]
 KINDS: tuple[Kind, ...] = ("none", "scalar", "column")
 _NONE, _SCALAR, _COLUMN = range(3)
 
+#: Elements of a change that are formed at a time in float64.
+_AT_A_TIME = 2**22
+
 #: No column gets shorter than this share of the root mean square length of all new columns. A
 #: column of B and the row of A beside it have no gradients any more once both are zero.
 FLOOR = 1e-4
@@ -228,14 +231,11 @@ class ScaLoRA(StepRule):
     def _swap(self, each: Factors, optimizer: Optimizer, alpha: Tensor, beta: Tensor) -> None:
         dtype = torch.promote_types(each.A.dtype, torch.float32)
         by_column, by_row = alpha.to(dtype).unsqueeze(-2), beta.to(dtype).unsqueeze(-1)
-        A, B = each.A.detach().to(dtype), each.B.detach().to(dtype)
-        new_A, new_B = (A * by_row).to(each.A.dtype), (B * by_column).to(each.B.dtype)
-        if each.A.dtype == dtype:
-            change = B * (1 - by_column * by_row.mT) @ A
-        else:
-            # What narrow factors lose to rounding is folded as well.
-            change = B @ A - new_B.to(dtype) @ new_A.to(dtype)
-        self._fold(each, change.mul_(each.scaling))
+        A, B = each.A.detach(), each.B.detach()
+        new_A, new_B = (A * by_row).to(A.dtype), (B * by_column).to(B.dtype)
+        # From the factors as they are rounded: what that loses is folded as well.
+        left, right = torch.cat([B, -new_B], -1), torch.cat([A, new_A], -2)
+        self._fold(each, _product(left, right, each.scaling, dtype))
         each.A.copy_(new_A)
         each.B.copy_(new_B)
         _grad(each.A).mul_(by_column.mT)
@@ -408,6 +408,21 @@ def _two(system: Tensor, target: Tensor, precision: float) -> Tensor:
     alone = torch.where(y < 0, 0.0, goal)
     y = torch.where((y < 0).any(-1, keepdim=True), alone, y)
     return _over(y, unit)
+
+
+def _product(left: Tensor, right: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """``scaling · left @ right`` in a dtype, each element rounded once.
+
+    In float32 a GPU may multiply with ten bits (TF32), as it is told to for the model's sake; a
+    weight that takes in a change at each step would drift.
+    """
+    left, right = left.to(wide(left.device)) * scaling, right.to(wide(right.device))
+    product = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=dtype, device=left.device)
+    rows = max(1, _AT_A_TIME // right[..., 0, :].numel())
+    for start in range(0, left.shape[-2], rows):
+        part = slice(start, start + rows)
+        product[..., part, :] = left[..., part, :] @ right
+    return product
 
 
 def _alike(factors: Sequence[Factors]) -> list[list[Factors]]:
