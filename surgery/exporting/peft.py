@@ -61,7 +61,7 @@ class Peft(Format):
     def misfit(self, model: nn.Module) -> str | None:
         """Why a model is no stock model with an adapter of low rank, or None."""
         if find_spec("peft") is None:
-            return "peft is not installed (pip install peft)"
+            return "peft is not installed (pip install model-surgery[export])"
         return why_not_low_rank(model)
 
     def write(self, model: nn.Module, work: Path, example: Example) -> None:
