@@ -72,7 +72,8 @@ class Task:
     Attributes:
         title: Heading on the page.
         what: What is learned, in a sentence.
-        source: Spec or folder of the pretrained model.
+        source: Spec of the pretrained model; None where it is made here.
+        pretrained: Name of the shipped configuration that makes it.
         data: Section ``data``, but for the part that is evaluated on.
         objective: Kind of the objective.
         rates: The middle of the grid: of adapters, and of full fine-tuning.
@@ -82,12 +83,21 @@ class Task:
 
     title: str
     what: str
-    source: str
     data: dict[str, Any]
     objective: str
     rates: tuple[float, float]
     steps: int
     batch: int
+    source: str | None = None
+    pretrained: str = ""
+
+    def model(self, steps: int | None) -> str:
+        """What is fine-tuned; in a trial of so few steps, what was pretrained with as many."""
+        return self.source or str(self.folder(steps) / "model")
+
+    def folder(self, steps: int | None) -> Path:
+        """Of the pretraining."""
+        return RUNS / f"{self.pretrained}{'' if steps is None else f'-{steps}-steps'}"
 
 
 TASKS = {
@@ -106,7 +116,7 @@ TASKS = {
         title="ViT-Tiny on turned, inverted digits",
         what="A ViT-Tiny (`configs/pretrain/vit-tiny-digits.yaml`) pretrained on upright digits "
         "learns those that are turned by 90° and inverted; its head is kept.",
-        source=str(RUNS / "vit-tiny-digits" / "model"),
+        pretrained="vit-tiny-digits",
         data={"kind": "shifted-digits"},
         objective="classification",
         rates=(2e-3, 3e-4),
@@ -195,10 +205,12 @@ class Plan:
 
     def pretrain(self) -> None:
         """The model that the task starts from, where it is made here."""
-        folder = Path(self.task.source).parent
-        if folder.parent != RUNS:
+        if self.task.source is not None:
             return
-        config = PretrainConfig.load(ROOT / "configs" / "pretrain" / f"{folder.name}.yaml")
+        folder = self.task.folder(self.steps)
+        changes = [] if self.steps is None else [f"train.steps={self.steps}", "schedule.warmup=0"]
+        shipped = ROOT / "configs" / "pretrain" / f"{self.task.pretrained}.yaml"
+        config = PretrainConfig.load(shipped, changes)
         if not finished(config, folder):
             print(f"pretraining {config.name}", flush=True)
             train_once(config, folder, apart.in_a_process)
@@ -294,14 +306,14 @@ def configuration(
             "version": 1,
             "name": method,
             "seed": seed,
-            "model": {"source": task.source},
+            "model": {"source": task.model(steps)},
             "rules": recipe(method, seed),
             "data": {**task.data, "part": part},
             "objective": {"kind": task.objective},
             "optim": {"name": "adamw", "lr": rate},
             "schedule": {"kind": "linear", "warmup": max(1, count // 10)},
             "train": {"steps": count, "batch": task.batch, "clip": 1.0, "device": "cpu"},
-            "evaluate": {"every": count, "samples": 1000, "batch": 64},
+            "evaluate": {"every": count, "samples": 1000 if steps is None else 64},
             "checkpoint": {"every": count, "keep": 1},
             "log": {"every": 1, "tensorboard": False, "matrices": None},
         }

@@ -7,6 +7,7 @@ anywhere, and of modules as words, are masked.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -70,8 +71,9 @@ def parts(found: Found, most: int) -> tuple[Rows, Rows, Rows]:
     return train, validation, test
 
 
+@functools.cache
 def by_module(root: Path) -> Found:
-    """The docstrings of every package under ``root`` but tests."""
+    """The docstrings of every package under ``root`` but tests; read once in a process."""
     found: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for package in sorted(path.parent for path in root.glob("*/__init__.py")):
         if package.name in {"test", "site-packages"}:
