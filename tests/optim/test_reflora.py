@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import mpmath as mp
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.optim import Factors, linalg
 from surgery.optim.reflora import RefLoRA, precondition
@@ -219,11 +221,12 @@ def test_shapes_that_do_not_fit_are_refused():
 SHAPES = [(4, 9, 7), (4, 12, 7), (4, 9, 7), (2, 9, 7), (4, 5, 6, 3)]
 
 
-def adapters() -> list[Factors]:
+def adapters(dtype: torch.dtype = torch.float64) -> list[Factors]:
     """Of two ranks, several shapes, one a stack of three matrices."""
     found = []
     for index, (rank, columns, rows, *stack) in enumerate(SHAPES):
-        A, B, grad_A, grad_B = pair(rank, columns, rows, index, *stack)
+        shapes = [(*stack, rank, columns), (*stack, rows, rank)] * 2
+        A, B, grad_A, grad_B = (torch.randn(shape, dtype=dtype) for shape in shapes)
         each = Factors(f"layer{index}", nn.Parameter(A), nn.Parameter(B), 0.5 + index)
         each.A.grad, each.B.grad = grad_A, grad_B
         found.append(each)
@@ -234,6 +237,7 @@ def adapters() -> list[Factors]:
 def test_the_rule_gives_every_adapter_what_the_function_gives(singly, monkeypatch):
     # Elsewhere than on the CPU adapters of one shape are one product.
     monkeypatch.setattr(linalg, "_one_by_one", lambda tensors: singly)
+    torch.manual_seed(0)
     found = adapters()
     expected = [precondition(each.A, each.B, each.A.grad, each.B.grad) for each in found]
     optimizer = torch.optim.SGD([p for each in found for p in (each.A, each.B)])
@@ -279,6 +283,31 @@ def test_b_leaves_zero_without_a_warm_up(kind):
         losses.append(loss.item())
     best = torch.linalg.svdvals(target)[4:].square().sum() / 2
     assert losses[-1] - best < 0.5 * (losses[0] - best)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what runs a kernel: operations other than views and questions to a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "aten" and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_elsewhere_than_on_the_cpu_the_number_of_kernels_is_that_of_shapes_not_of_adapters():
+    counts = []
+    for repeats in (1, 10):
+        with FakeTensorMode(), torch.device("cuda"):
+            found = [each for _ in range(repeats) for each in adapters(torch.float32)]
+            rule = RefLoRA(found, warmup=0)
+            optimizer = torch.optim.SGD([found[0].A], foreach=False)
+            with torch.no_grad(), Calls() as calls:
+                rule.before(optimizer)
+        counts.append(calls.count)
+    assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("call", ["function", "rule"])
