@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from surgery.errors import TrainingError
 from surgery.passes.streams import shortcuts
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, check_shardable, wrapped_classes
+from surgery.train.data.facts import write_facts
 from surgery.train.engine import Engine, engine, gather_by
 from surgery.train.keeping import Everything, Kept
 from surgery.train.logs import LOG, RunLog, lines
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from surgery.train.config import PretrainConfig, RunConfig
     from surgery.train.data.base import Data
     from surgery.train.objectives.base import Objective
+
+C = TypeVar("C", bound="RunConfig")
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -128,14 +131,14 @@ def pretrain(
     return run_job(Pretraining(config), out=out, resume=resume, tell=tell)
 
 
-class Job(ABC):
+class Job(ABC, Generic[C]):
     """What one kind of run does its own way; every rank calls all of it.
 
     Attributes:
         config: The configuration.
     """
 
-    config: RunConfig
+    config: C
 
     def data(self) -> Data:
         """What is trained and evaluated on."""
@@ -180,7 +183,7 @@ class Job(ABC):
 
 
 @dataclass
-class Pretraining(Job):
+class Pretraining(Job["PretrainConfig"]):
     """A model from random weights."""
 
     config: PretrainConfig
@@ -193,14 +196,14 @@ class Pretraining(Job):
         """What the section ``objective`` names."""
         from surgery.train.objectives import objective
 
-        return objective(self.config, data, model)
+        return objective(self.config, data.facts, model)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """What the section ``optim`` names."""
         return build_optimizer(model, self.config.optim)
 
 
-def run_job(job: Job, *, out: Path, resume: bool = False, tell: Tell | None = None) -> Run:
+def run_job(job: Job[Any], *, out: Path, resume: bool = False, tell: Tell | None = None) -> Run:
     """Train: alone, under ``accelerate launch`` or under ``torchrun``.
 
     Args:
@@ -222,6 +225,7 @@ def run_job(job: Job, *, out: Path, resume: bool = False, tell: Tell | None = No
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
             files.write(out / CONFIG, config.to_yaml())
+            write_facts(data.facts, out)
         accelerator.wait_for_everyone()
         done = 0 if start is None else _go_on(loop, start)
         if accelerator.is_main_process:
@@ -252,7 +256,7 @@ def _start(config: RunConfig, out: Path, *, resume: bool) -> Path | None:
 
 
 def assembled(
-    job: Job,
+    job: Job[Any],
     accelerator: Engine,
     data: Data,
     *,
@@ -322,7 +326,7 @@ def _last_evaluation(loop: Loop) -> dict[str, float]:
     return {k: v for k, v in found[-1].items() if k not in ("kind", "step")} if found else {}
 
 
-def _save_result(job: Job, loop: Loop) -> None:
+def _save_result(job: Job[Any], loop: Loop) -> None:
     """Write the trained model, and the averaged one where there is an average."""
     objective, out = loop.config.objective, loop.out
     _save_model(job, loop, lambda model: _saved(job, loop, model))
@@ -331,14 +335,14 @@ def _save_result(job: Job, loop: Loop) -> None:
             _save_model(job, loop, lambda model: save(model, out / AVERAGED))
 
 
-def _saved(job: Job, loop: Loop, model: nn.Module) -> None:
+def _saved(job: Job[Any], loop: Loop, model: nn.Module) -> None:
     save(model, loop.out / MODEL)
     said = job.finish(model, loop.data, loop.out)
     if said is not None:
         loop.note(said)
 
 
-def _save_model(job: Job, loop: Loop, write: Callable[[nn.Module], object]) -> None:
+def _save_model(job: Job[Any], loop: Loop, write: Callable[[nn.Module], object]) -> None:
     accelerator = loop.accelerator
     model = _whole(job, loop) if loop.snapshot.sharded else loop.plain
     if accelerator.is_main_process:
@@ -347,7 +351,7 @@ def _save_model(job: Job, loop: Loop, write: Callable[[nn.Module], object]) -> N
     accelerator.wait_for_everyone()
 
 
-def _whole(job: Job, loop: Loop) -> nn.Module:
+def _whole(job: Job[Any], loop: Loop) -> nn.Module:
     """A sharded model gathered on the main rank, as the class it was built as."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

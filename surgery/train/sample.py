@@ -76,10 +76,10 @@ def sample(
         TrainingError: there is no such run, it has not ended, or nothing can be drawn from it.
         ConfigError: an override is wrong.
         CheckpointError: the saved model is damaged.
-        DataError: the data, whose tokenizer or shape is needed, cannot be opened.
+        DataError: what the run wrote down of its data is missing or broken.
     """
     from surgery.checkpoints import restore
-    from surgery.train.data import open_data
+    from surgery.train.data.facts import read_facts
     from surgery.train.objectives import objective
     from surgery.train.objectives.diffusion import Diffusion
     from surgery.train.objectives.language import Language
@@ -89,10 +89,8 @@ def sample(
     saved = _model(folder)
     with progress.task(f"restoring {saved}"):
         model = restore(saved, device=device)
-    with progress.task("opening the data"):
-        data = open_data(config.data, seed=config.seed)
     with progress.task("sampling"):
-        aim = objective(config, data, model)
+        aim = objective(config, read_facts(folder), model)
         if isinstance(aim, Language):
             target = out or folder / _SAMPLES / "sample.txt"
             texts = aim.draw(model)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app
-from surgery.errors import ConfigError, TrainingError
+from surgery.errors import ConfigError, DataError, TrainingError
 from surgery.train.config import PretrainConfig
 from surgery.train.run import pretrain
 from surgery.train.sample import Drawn, sample
@@ -103,6 +103,23 @@ def test_text_is_drawn_from_a_run_that_drew_none(texts: Path) -> None:
     assert drawn.path.read_text(encoding="utf-8").startswith("import")
     assert len(drawn.texts) == 1
     assert sample(texts, ["prompts=[import]", "tokens=5"]).texts == drawn.texts
+
+
+def test_text_is_drawn_where_the_data_is_not(tmp_path: Path) -> None:
+    corpus = tiny.corpus(tmp_path)
+    data = {"path": str(corpus), "tokenizer": "bpe", "vocabulary": 262, "length": 16}
+    config = tiny.language(corpus, f"data={json.dumps({'kind': 'text', **data})}", "train.steps=2")
+    out = pretrain(config, out=tmp_path / "run").out
+    here = sample(out, ["prompts=[import]", "tokens=5"]).texts
+    corpus.unlink()
+    moved = out.rename(tmp_path / "elsewhere")
+    assert sample(moved, ["prompts=[import]", "tokens=5"]).texts == here
+    (moved / "data.json").write_text('{"kind": "text"')
+    with pytest.raises(DataError, match=r"data\.json is broken"):
+        sample(moved)
+    (moved / "data.json").unlink()
+    with pytest.raises(DataError, match=r"data\.json is missing"):
+        sample(moved)
 
 
 def test_the_command_line_prints_texts(texts: Path, tmp_path: Path) -> None:

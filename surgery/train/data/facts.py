@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -72,4 +73,5 @@ def read_facts(folder: Path) -> Facts:
         raise DataError(f"{path} is broken: {error}") from None
     kind = stored.tokenizer
     tokenizer = None if kind is None else load_saved(kind, folder / TOKENIZER)
-    return Facts(**{**dict(stored), "tokenizer": tokenizer})
+    values: dict[str, Any] = {**dict(stored), "tokenizer": tokenizer}
+    return Facts(**values)

@@ -15,7 +15,7 @@ from surgery.passes.lowrank import LowRank
 from surgery.record import record_of
 from surgery.table import human_count
 from surgery.train.finetune.assembly import Built, build
-from surgery.train.finetune.source import TOKENIZER, with_tokenizer
+from surgery.train.finetune.source import with_tokenizer
 from surgery.train.keeping import Everything, Kept
 from surgery.train.run import MODEL, Job, Run, run_job
 from surgery.tree import named_parameters
@@ -71,7 +71,7 @@ def finetune(
 
 
 @dataclass
-class Finetuning(Job):
+class Finetuning(Job["FinetuneConfig"]):
     """A pretrained model that is trained further.
 
     Attributes:
@@ -98,7 +98,7 @@ class Finetuning(Job):
         """What the section ``objective`` names."""
         from surgery.train.objectives import objective
 
-        return objective(self.config, data, model)
+        return objective(self.config, data.facts, model)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """What the section ``optim`` names, over what is trained."""
@@ -142,9 +142,7 @@ class Finetuning(Job):
         return told
 
     def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
-        """Write the adapter alone where it fits, the tokenizer, and what the classes are called."""
-        if data.facts.tokenizer is not None and not (out / TOKENIZER).exists():
-            data.facts.tokenizer.save(out / TOKENIZER)
+        """Write the adapter alone where it fits, and what the classes are called."""
         if data.facts.names is not None:
             files.write(out / CLASSES, json.dumps(list(data.facts.names), indent=1) + "\n")
         if record_of(model) is None:

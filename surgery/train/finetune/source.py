@@ -14,6 +14,7 @@ from surgery import progress
 from surgery.checkpoints import restore
 from surgery.errors import ConfigError, SourceError
 from surgery.sources import load
+from surgery.train.data.facts import TOKENIZER
 
 if TYPE_CHECKING:
     from surgery.train.finetune.config import FinetuneConfig, FinetuneModel
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 _PACKAGE = "package:"
 _SAVED = "surgery.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spiece.model")
-#: Where a run puts the tokenizer that its model was trained with.
-TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True)

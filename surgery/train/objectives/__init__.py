@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.train.config import RunConfig
-    from surgery.train.data.base import Data
+    from surgery.train.data.base import Facts
     from surgery.train.objectives.base import Objective
 
 
-def objective(config: RunConfig, data: Data, model: nn.Module) -> Objective:
+def objective(config: RunConfig, facts: Facts, model: nn.Module) -> Objective:
     """The objective that a configuration names, fitted to the data and tried on the model.
 
     Args:
         config: The whole configuration.
-        data: What is trained on; its facts must fit the model.
+        facts: What the data is, which the model must fit.
         model: The plain model, not yet prepared, on a real device.
 
     Raises:
@@ -28,22 +28,22 @@ def objective(config: RunConfig, data: Data, model: nn.Module) -> Objective:
     if section.kind == "language":
         from surgery.train.objectives.language import Language
 
-        return Language(section, data.facts, model)
+        return Language(section, facts, model)
     if section.kind == "classification":
         from surgery.train.objectives.classification import Classification
 
-        return Classification(section, data.facts, model)
+        return Classification(section, facts, model)
     if section.kind == "sequence-classification":
         from surgery.train.objectives.sequences import SequenceClassification
 
-        return SequenceClassification(section, data.facts, model)
+        return SequenceClassification(section, facts, model)
     if section.kind == "masked-language":
         from surgery.train.objectives.masked import MaskedLanguage
 
-        return MaskedLanguage(section, data.facts, model, seed=config.seed)
+        return MaskedLanguage(section, facts, model, seed=config.seed)
     from surgery.train.objectives.diffusion import Diffusion
 
-    return Diffusion(section, data.facts, model, seed=config.seed, vae=vae_spec(config))
+    return Diffusion(section, facts, model, seed=config.seed, vae=vae_spec(config))
 
 
 def vae_spec(config: RunConfig) -> str | None:

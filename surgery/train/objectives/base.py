@@ -32,7 +32,7 @@ class Objective(ABC):
 
     The order of calls in a run is::
 
-        aim = objective(config, data, model)      # the plain model, before it is prepared
+        aim = objective(config, data.facts, model)      # the plain model, before it is prepared
         model = accelerator.prepare(model)
         plain = accelerator.unwrap_model(model)
         aim.start(plain)
