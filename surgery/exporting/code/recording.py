@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.utils.output_capturing import _active_collector  # pyright: ignore[reportPrivateUsage]
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,  # pyright: ignore[reportPrivateUsage]
+    _active_collector,  # pyright: ignore[reportPrivateUsage]
+)
+
+
+def records(module: Any) -> None:
+    """Have it known by its new class, as by the stock one, what a module can record."""
+    _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
 def recorded(before: Tensor, after: Tensor) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from surgery.passes.streams import Segment, segments_of
 from surgery.passes.streams.holders import DictHolder, ListHolder
 from surgery.record import Edit, Record, record_of
 from surgery.save_guard import GuardedModel, GuardedPart, not_baked
+from surgery.sources import describe, rebuild
 from surgery.tree import children, named_modules
 
 _HOLDERS = {ListHolder: "LayerList", DictHolder: "LayerDict"}
@@ -84,16 +85,19 @@ class Rewrites:
         classes: Modules whose class changes.
         shortcuts: What is put beside layers.
         dropped: Names of tensors that add nothing any more, such as merged adapters.
+        shared: Path of a module → that of the one that stands in its place too, where the stock
+            class has two.
     """
 
     classes: tuple[Reclassed, ...] = ()
     shortcuts: tuple[Rewired, ...] = ()
     dropped: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def any(self) -> bool:
         """Whether the architecture is another than the stock one."""
-        return bool(self.classes or self.shortcuts)
+        return bool(self.classes or self.shortcuts or self.shared)
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -113,7 +117,7 @@ def rewrites_of(model: nn.Module) -> Rewrites:
     """
     record = record_of(model)
     if record is None:
-        return Rewrites()
+        return Rewrites(shared=_shared(model))
     apart = not_baked(model, record)
     for edit in apart:
         if edit.pass_name not in {Shortcuts.name, Freeze.name}:
@@ -125,7 +129,21 @@ def rewrites_of(model: nn.Module) -> Rewrites:
     baked = [edit for edit in record.edits if edit not in apart]
     dropped = frozenset(name for edit in baked for name in edit.adds)
     shortcuts = tuple(_shortcuts(model, record))
-    return Rewrites(tuple(_classes(model)) if shortcuts else (), shortcuts, dropped)
+    classes = tuple(_classes(model)) if shortcuts else ()
+    return Rewrites(classes, shortcuts, dropped, _shared(model))
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """The modules that are one in this model, and two in what its class makes."""
+    described = describe(model)
+    if described is None or not described.get("shared"):
+        return {}
+    stock = rebuild({**described, "shared": {}, "state": None}, device="meta")
+    return {
+        path: first
+        for path, first in cast("dict[str, str]", described["shared"]).items()
+        if stock.get_submodule(path) is not stock.get_submodule(first)
+    }
 
 
 def _shortcuts(model: nn.Module, record: Record) -> Iterator[Rewired]:

@@ -39,6 +39,7 @@ class Code:
 
     def __init__(self, rewrites: Rewrites, *, records: bool = False) -> None:
         self.inlined = Inlined()
+        self._records = records
         if records:
             self.inlined.instead[f"{_RUNTIME}:recorded"] = _RECORDING
         self.rewrites = rewrites
@@ -72,14 +73,16 @@ class Code:
         if not self.rewrites.any:
             return ""
         changed = [
-            (each.path, self._class(each))
+            (each, self._class(each))
             for each in self.rewrites.classes
             if each.path or not self.root
         ]
         lines = [
             "def rewrite(model: nn.Module) -> None:",
-            '    """Put the learned shortcuts beside the layers they connect."""',
+            '    """Make a stock model what was exported: shared modules, learned shortcuts."""',
         ]
+        for path, first in self.rewrites.shared.items():
+            lines += [f"    model.set_submodule({path!r}, model.get_submodule({first!r}))"]
         holders: dict[str, list[Rewired]] = {}
         for one in self.rewrites.shortcuts:
             holders.setdefault(one.holder, []).append(one)
@@ -92,9 +95,14 @@ class Code:
                     f"{one.number!r}: {self._shortcuts(one)},", " " * 12
                 ).splitlines()
             lines += ["        }", "    )"]
-        for path, name in changed:
-            place = f"model.get_submodule({path!r})" if path else "model"
+        for each, name in changed:
+            place = f"model.get_submodule({each.path!r})" if each.path else "model"
             lines += [f"    {place}.__class__ = {name}"]
+            if self._records and any(
+                cls.__name__ == "PreTrainedModel" for cls in each.base.__mro__
+            ):
+                self.inlined.add(_RECORDING, "records")
+                lines += [f"    records({place})"]
         return "\n\n\n".join([*self._texts, "\n".join(lines)])
 
     def assembled(self, docstring: str, *parts: str) -> str:
