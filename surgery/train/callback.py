@@ -28,6 +28,7 @@ from surgery.passes.lowrank import LowRank
 from surgery.record import Record, record_of
 from surgery.save_guard import not_baked
 from surgery.train import checkpoints
+from surgery.train.engine import accelerate
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -179,9 +180,8 @@ class SurgeryCallback(TrainerCallback):
 
 def plain(optimizer: Any) -> Optimizer:
     """The torch optimizer inside accelerate's, if it is one."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    wrapper: type = accelerate("optimizer").AcceleratedOptimizer
+    return optimizer.optimizer if isinstance(optimizer, wrapper) else optimizer
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

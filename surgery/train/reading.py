@@ -204,11 +204,15 @@ def _keys(
     for branch in _branches(node, given):
         yield from _keys(branch, schema, given, loc, inside)
     named = node.get("$ref", "").rpartition("/")[2]
-    if named and (named not in inside or isinstance(given, Mapping)):
+    if named and (named not in inside or _is_mapping(given)):
         yield from _keys(schema["$defs"][named], schema, given, loc, inside | {named})
     for key, inner in node.get("properties", {}).items():
         yield (*loc, key)
         yield from _keys(inner, schema, child(given, key), (*loc, key), inside)
+
+
+def _is_mapping(given: object) -> bool:
+    return isinstance(given, Mapping)
 
 
 def _branches(node: Mapping[str, Any], given: object) -> list[Mapping[str, Any]]:

@@ -158,7 +158,7 @@ class Job(ABC, Generic[C]):
     def optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer of what is trained, before the model is wrapped."""
 
-    def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:  # noqa: B027 - optional
+    def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Take note of the plain model and optimizer once they are moved, wrapped and sharded."""
 
     def penalty(self, model: nn.Module) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from surgery.errors import DataError
 from surgery.train.data.base import Batch, Data, Facts, Place, Samples, need, positions
-from surgery.train.data.configs import Columns, HubData, RecordsData
+from surgery.train.data.configs import Columns, DocstringsData, HubData, RecordsData
 from surgery.train.data.tokenizer import Framed, Tokenizer, load_tokenizer
 from surgery.train.data.transforms import split
 
@@ -124,9 +124,10 @@ def open_records(config: RecordsData, *, seed: int) -> Data:
             text or class; with the line.
     """
     rows = _checked(_read(Path(config.path).expanduser()), config)
-    if isinstance(config.held_out, float):
-        return made(config, *_divided(rows, config.held_out))
-    return made(config, rows, _checked(_read(Path(config.held_out).expanduser()), config))
+    held_out = config.held_out
+    if not isinstance(held_out, str):
+        return made(config, *_divided(rows, held_out))
+    return made(config, rows, _checked(_read(Path(held_out).expanduser()), config))
 
 
 def open_hub(config: HubData, *, seed: int) -> Data:
@@ -140,12 +141,13 @@ def open_hub(config: HubData, *, seed: int) -> Data:
         DataError: it cannot be had, a column is missing, or a row lacks its text or class.
     """
     rows = _checked(_dataset(config, config.split), config)
-    if isinstance(config.held_out, float):
-        return made(config, *_divided(rows, config.held_out))
-    return made(config, rows, _checked(_dataset(config, config.held_out), config))
+    held_out = config.held_out
+    if not isinstance(held_out, str):
+        return made(config, *_divided(rows, held_out))
+    return made(config, rows, _checked(_dataset(config, held_out), config))
 
 
-def made(config: Any, train: Rows, held_out: Rows) -> Data:
+def made(config: RecordsData | HubData | DocstringsData, train: Rows, held_out: Rows) -> Data:
     """Data of two parts of a table.
 
     Args:
@@ -274,7 +276,7 @@ def _class_names(loaded: Any, label: str | None) -> list[str] | None:
     """The names of a column that the dataset itself declares as classes."""
     feature = loaded.features.get(label)
     declares = isinstance(feature, importlib.import_module("datasets").ClassLabel)
-    return cast("Any", feature).names if declares else None
+    return feature.names if declares else None
 
 
 def _named(

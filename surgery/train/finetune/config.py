@@ -23,7 +23,7 @@ from surgery.train.config import (
     TrainConfig,
     step_problems,
 )
-from surgery.train.data.configs import TEXTS, FinetuneDataConfig
+from surgery.train.data.configs import TEXTS, Columns, FinetuneDataConfig
 from surgery.train.objectives.configs import FinetuneObjectiveConfig
 
 
@@ -134,7 +134,7 @@ def _data_problems(config: FinetuneConfig) -> Iterator[Problem]:
             f"objective {objective} cannot be trained on {data.kind} data",
             f"its kinds of data: {', '.join(fitting)}",
         )
-    if objective == "sequence-classification" and data.kind in ("records", "hub"):
+    if objective == "sequence-classification" and isinstance(data, Columns):
         if data.label is None:
             message = "texts are to be classified, and no column holds their class"
             yield Problem(("data",), message, "set data.label")
@@ -145,7 +145,7 @@ def _data_problems(config: FinetuneConfig) -> Iterator[Problem]:
 def _label_problems(config: FinetuneConfig) -> Iterator[Problem]:
     """Classes are of no use where tokens are predicted."""
     data = config.data
-    if data.kind == "docstrings" or (data.kind in ("records", "hub") and data.label is not None):
+    if data.kind == "docstrings" or (isinstance(data, Columns) and data.label is not None):
         yield Problem(
             ("data", "kind"),
             f"objective {config.objective.kind} predicts tokens, and the data has classes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
@@ -115,7 +115,9 @@ def _transformers(model: Any, objective: str, facts: Facts, wanted: Wanted, seed
 
 def _headed(model: Any, cls: Any, facts: Facts, classes: int | None, seed: int) -> Headed:
     """The body of a model under a class that has the head; its tensors are taken, not copied."""
-    config = type(model.config).from_dict({**model.config.to_dict(), **_named(facts, classes)})
+    config: Any = cast("Any", type(model.config)).from_dict(
+        {**model.config.to_dict(), **_named(facts, classes)}
+    )
     config.architectures = [cls.__name__]
     config.attn_implementation = model.config._attn_implementation
     cast("Any", torch).manual_seed(seed)
@@ -159,7 +161,9 @@ def _named(facts: Facts, classes: int | None) -> dict[str, Any]:
 def _class_for(model: Any, objective: str) -> str | None:
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     found: object = getattr(auto, _TABLES[objective]).get(model.config.model_type)
-    return found[0] if isinstance(found, tuple | list) else cast("str | None", found)
+    if isinstance(found, tuple | list):
+        return cast("Sequence[str]", found)[0]
+    return cast("str | None", found)
 
 
 def _has_logits(model: Any) -> bool:
