@@ -46,7 +46,7 @@ class DiffusersLora(Format):
         if library_of(stock_class(model)) != "diffusers":
             return "its class is not one of diffusers"
         if find_spec("peft") is None:
-            return "peft is not installed (pip install model-surgery[export]); diffusers needs it too"
+            return "diffusers needs peft, which is not installed (pip install peft)"
         from diffusers.loaders.peft import PeftAdapterMixin
 
         if not issubclass(stock_class(model), PeftAdapterMixin):

@@ -256,6 +256,44 @@ def test_what_peft_cannot_say_is_refused(case: str, tmp_path: FilePath) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Attention(torch.nn.Module):
+    """An attention of torch, whose forward reads the weights of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+        self.attn = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return self.attn(y, y, y)[0]
+
+
+def attention(path: str) -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    stock = Attention().eval()
+    model = copy.deepcopy(stock)
+    surgery.apply(model, Rule(LowRank(rank=2), where=Path(path)))
+    return stirred(model), torch.randn(2, 3, 4), stock
+
+
+def test_the_fused_projection_of_torchs_attention(tmp_path: FilePath) -> None:
+    model, example, stock = attention("attn.in_proj_weight")
+    surgery.export(model, tmp_path, format="peft", example=example)
+    assert config(tmp_path)["target_parameters"] == ["in_proj_weight"]
+    call = surgery.Example((example,))
+    assert apart(stock, model, call) > 1e-3
+    assert apart(model, by_peft(stock, tmp_path), call) < CLOSE
+    assert apart(model, surgery.load_adapter(stock, tmp_path), call) < CLOSE
+
+
+def test_a_weight_that_another_module_reads_is_refused(tmp_path: FilePath) -> None:
+    model, example, _ = attention("attn.out_proj")
+    with pytest.raises(ExportError, match="computes something else than the model"):
+        surgery.export(model, tmp_path, format="peft", example=example)
+    assert not list(tmp_path.iterdir())
+
+
 def test_merged_adapters_are_refused(tmp_path: FilePath) -> None:
     model, example, _ = adapted("llama", [Rule(LowRank(rank=2), where=QKV)])
     adapters.merge(model)
