@@ -29,7 +29,7 @@ from surgery.optim import reflora
 from surgery.optim.reflora_s import RefLoRAS
 from surgery.optim.rule import Factors
 from surgery.passes.hosts import bank_of
-from surgery.passes.lowrank import method_named
+from surgery.passes.methods import method_named
 from surgery.registry import ADAPTERS
 from tests.passes.test_lowrank_methods import FORMULAS
 

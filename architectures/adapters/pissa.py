@@ -29,11 +29,11 @@ class PiSSA(LoRA):
 
         Attributes:
             svd: The ``exact`` decomposition, or a ``randomised`` one, which is much faster.
-            iterations: Power iterations of the randomised one.
+            iterations: Most iterations of the randomised one.
         """
 
         svd: Literal["exact", "randomised"] = "exact"
-        iterations: int = 16
+        iterations: int = 9
 
         def __post_init__(self) -> None:
             if self.iterations < 0:

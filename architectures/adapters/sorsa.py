@@ -35,12 +35,12 @@ class SORSA(Method):
         Attributes:
             gamma: Factor of the penalty.
             svd: The ``exact`` decomposition, or a ``randomised`` one, which is much faster.
-            iterations: Power iterations of the randomised one.
+            iterations: Most iterations of the randomised one.
         """
 
         gamma: float = 4e-4
         svd: Literal["exact", "randomised"] = "exact"
-        iterations: int = 16
+        iterations: int = 9
 
         def __post_init__(self) -> None:
             if not (math.isfinite(self.gamma) and self.gamma >= 0):

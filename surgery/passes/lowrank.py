@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-import pydantic
-import pydantic.dataclasses
 import torch
 from pydantic import (
     AfterValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
 )
 from torch import Tensor, nn
 
-from architectures.adapters import Adapter, Matrix, Method, Ranges, Sliced
+from architectures.adapters import Adapter, Matrix, Method, Ranges
 from surgery.capture.graft import check_graftable, grafts
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
@@ -33,7 +28,6 @@ from surgery.passes.hosts import (
     HOSTS,
     Bank,
     Family,
-    Place,
     Use,
     Uses,
     attach,
@@ -44,11 +38,20 @@ from surgery.passes.hosts import (
     hosting_of,
     take_out,
 )
+from surgery.passes.methods import completed_options, known_method, method_named
+from surgery.passes.payload import (
+    joined,
+    matrix_data,
+    matrix_of,
+    parts_of,
+    places_of,
+    ranges_of,
+    slices_of,
+    whole,
+)
+from surgery.passes.splitting import CLOSE, digest_of, give_back, rows_of, told_of, write_rows
 from surgery.record import Contract, Edit, Record, TensorSpec, record_of
-from surgery.registry import ADAPTERS, suggest
 from surgery.rules import invalid, options
-from surgery.rules.explain import Problem
-from surgery.rules.strict import option_names, problem_error
 from surgery.select import Match, Site
 from surgery.sources.again import load_again, why_not_again
 from surgery.tree import named_modules, named_parameters, own_parameters
@@ -56,50 +59,8 @@ from surgery.tree import named_modules, named_parameters, own_parameters
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
-def method_named(name: str) -> type[Method]:
-    """The class of a registered method.
-
-    Raises:
-        RuleError: there is none.
-    """
-    return cast("type[Method]", ADAPTERS.get(name))
-
-
-#: What is promised of a model whose weights were split into factors and a rest: each is rounded
-#: to the weight's dtype, and the outputs move by that much in every layer.
-_CLOSE = {
-    torch.float64: Contract("close", rtol=1e-9, atol=1e-9),
-    torch.float32: Contract("close", rtol=1e-3, atol=1e-4),
-    torch.float16: Contract("close", rtol=2e-2, atol=2e-2),
-    torch.bfloat16: Contract("close", rtol=1e-1, atol=1e-1),
-}
 _BANK = Bank(Matrix((), (), 0, 0), Family(), parameter="", trained=False, keep_base="none")
 _RESERVED = frozenset({*dir(Bank), *vars(_BANK)})
-
-
-def _known_method(name: str) -> str:
-    if name not in ADAPTERS.names():
-        raise invalid(f"unknown method {name!r}", hint=suggest(name, ADAPTERS.names()))
-    return name
-
-
-def _completed(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method, those that were not given at their defaults."""
-    known = method_named(method).Options
-    names = option_names(known)
-    unknown = [key for key in given if key not in names]
-    if unknown:
-        hint = suggest(unknown[0], names) if names else f"method {method!r} has no options"
-        message = f"method {method!r} has no option {unknown[0]!r}"
-        raise problem_error(Problem((unknown[0],), message, hint, at_key=True))
-    return dataclasses.asdict(_checked(known)(**given))
-
-
-@functools.cache
-def _checked(known: type) -> Callable[..., Any]:
-    """A twin of a dataclass that checks its fields strictly. The class itself stays plain."""
-    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    return pydantic.dataclasses.dataclass(known, frozen=True, config=config)
 
 
 def _adapter_name(name: str) -> str:
@@ -145,7 +106,7 @@ class LowRank(Pass):
 
     name: ClassVar[str] = "lowrank"
 
-    method: Annotated[str, AfterValidator(_known_method)] = "lora"
+    method: Annotated[str, AfterValidator(known_method)] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -164,7 +125,7 @@ class LowRank(Pass):
     def _complete_options(cls, value: Mapping[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Every option of the method. Skipped where there is no such method."""
         method = info.data.get("method")
-        return dict(value) if method is None else _completed(method, value)
+        return dict(value) if method is None else completed_options(method, value)
 
     @property
     def made_with(self) -> Any:
@@ -233,14 +194,14 @@ class LowRank(Pass):
         stock = [name for name, _ in each_once if name not in created]
         if self.freeze == "model":
             return stock
-        places = [place for edit in edits for place in _places(edit)]
-        bare = {_join(place.path, place.parameter) for place in places if place.bare}
+        places = [place for edit in edits for place in places_of(edit)]
+        bare = {joined(place.path, place.parameter) for place in places if place.bare}
         layers = {place.path for place in places if not place.bare}
         return [name for name in stock if name in bare or name.rpartition(".")[0] in layers]
 
     def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Raise if a host was wrapped since, or its weight is merged and has no copy."""
-        for place in _places(edit):
+        for place in places_of(edit):
             module = context.module(model, place.path)
             check_graftable(module, place.path)
             bank = bank_of(module, place.parameter)
@@ -252,7 +213,7 @@ class LowRank(Pass):
             merged = bank.merged is not None and bool(bank.contributions(bank.merged))
             if merged and not bank.copied:
                 raise ModelStateError(
-                    f"adapters were merged into {_join(place.path, place.parameter)} without "
+                    f"adapters were merged into {joined(place.path, place.parameter)} without "
                     "keeping a copy, so it cannot be put back bit for bit",
                     hint="call surgery.adapters.unmerge(model) first, which subtracts them",
                 )
@@ -261,7 +222,7 @@ class LowRank(Pass):
 
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Add the adapter to the bank of the weight, and the bank to every user of the weight."""
-        places = _places(edit)
+        places = places_of(edit)
         modules = [context.module(model, place.path) for place in places]
         for module, place in zip(modules, places, strict=True):
             if HOSTS[place.host] not in grafts(module):
@@ -274,7 +235,7 @@ class LowRank(Pass):
         if bank is None:
             trained = weight is not None and weight.requires_grad
             bank = Bank(
-                _matrix_of(edit),
+                matrix_of(edit),
                 _family(model, context),
                 parameter=places[0].parameter,
                 trained=trained,
@@ -293,10 +254,10 @@ class LowRank(Pass):
 
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take the adapter out, and with the last one the bank and the host."""
-        places = _places(edit)
+        places = places_of(edit)
         modules = [context.module(model, place.path) for place in places]
         bank = cast("Bank", bank_of(modules[0], places[0].parameter))
-        name = _join(places[0].path, places[0].parameter)
+        name = joined(places[0].path, places[0].parameter)
         weight = own_parameters(modules[0]).get(places[0].parameter)
         if bank.merged is not None and weight is not None:
             take_out(weight, bank, _forget_kept(model, name) if bank.copied else None)
@@ -305,7 +266,7 @@ class LowRank(Pass):
             context.kept.pop(name, None)
             bank.originals.pop(self.adapter, None)
         elif not edit.reversible and weight is not None:
-            _give_back(weight, edit, bank.adapters[self.adapter])
+            give_back(weight, edit, bank.adapters[self.adapter])
         bank.active = tuple(pair for pair in bank.active if pair[0] != self.adapter)
         bank.pending -= {self.adapter}
         if len(bank.adapters) > 1:
@@ -316,7 +277,7 @@ class LowRank(Pass):
 
     def settle(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take out of the weight what the adapter started from; its factors are loaded."""
-        place = _places(edit)[0]
+        place = places_of(edit)[0]
         weight = own_parameters(context.module(model, place.path)).get(place.parameter)
         bank = self.bank(model, edit, context)
         if weight is None or bank.merged is not None:
@@ -327,13 +288,13 @@ class LowRank(Pass):
             return
         self._keep(edit, weight, context)
         methods = bank.adapters[self.adapter].methods
-        rows = _rows_of(weight, edit)
+        rows = rows_of(weight, edit)
         left = [m.without_beginning(base) for m, base in zip(methods, rows, strict=True)]
-        _write_rows(weight, edit, left)
+        write_rows(weight, edit, left)
 
     def bank(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Bank:
         """The bank that an applied edit put its adapter into."""
-        place = _places(edit)[0]
+        place = places_of(edit)[0]
         return cast("Bank", bank_of(context.module(model, place.path), place.parameter))
 
     def original(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Tensor:
@@ -343,8 +304,8 @@ class LowRank(Pass):
             ModelStateError: there is no copy, or the source holds another weight now.
             SourceError: the source cannot be reached.
         """
-        place = _places(edit)[0]
-        name = _join(place.path, place.parameter)
+        place = places_of(edit)[0]
+        name = joined(place.path, place.parameter)
         if name in context.kept:
             return context.kept[name]
         digest = self.bank(model, edit, context).originals.get(self.adapter)
@@ -370,10 +331,10 @@ class LowRank(Pass):
     ) -> None:
         """Give a weight its original values for good; the copy for undo is given up."""
         context = ApplyContext(0)
-        place = _places(edit)[0]
+        place = places_of(edit)[0]
         weight = own_parameters(context.module(model, place.path))[place.parameter]
         weight.data.copy_(original)
-        kept.pop(_join(place.path, place.parameter), None)
+        kept.pop(joined(place.path, place.parameter), None)
         self.bank(model, edit, context).originals.pop(self.adapter, None)
 
     def originals(
@@ -382,8 +343,8 @@ class LowRank(Pass):
         """The original weight, where it is to be read again from the source."""
         if self.adapter not in self.bank(model, edit, context).originals:
             return {}
-        place = _places(edit)[0]
-        return {_join(place.path, place.parameter): self.original(model, edit, context)}
+        place = places_of(edit)[0]
+        return {joined(place.path, place.parameter): self.original(model, edit, context)}
 
     def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any]:
         """The adapter's share in what is active, and in what is merged if anything is."""
@@ -426,11 +387,11 @@ class LowRank(Pass):
         self._check_others(uses[0], context)
         slices = self._slices(site, context)
         dtype = self.dtype or str(hosting.dtype).removeprefix("torch.")
-        weight = _join(uses[0].path, hosting.parameter)
-        holder = _join(uses[0].path, CHILD)
-        prefix = _join(_join(holder, hosting.parameter) if uses[0].bare else holder, self.adapter)
+        weight = joined(uses[0].path, hosting.parameter)
+        holder = joined(uses[0].path, CHILD)
+        prefix = joined(joined(holder, hosting.parameter) if uses[0].bare else holder, self.adapter)
         adds: dict[str, TensorSpec] = {}
-        for name, matrix in _parts(prefix, hosting.matrix, slices):
+        for name, matrix in parts_of(prefix, hosting.matrix, slices):
             self._check_rank(site, matrix)
             adds.update(self._specs(name, matrix, dtype))
         return Edit(
@@ -440,14 +401,14 @@ class LowRank(Pass):
             summary=self.summary,
             adds=adds,
             uses={weight: "extend", prefix: "replace"},
-            contract=_CLOSE[hosting.dtype] if self.splits else Contract("exact"),
+            contract=self._contract(hosting.dtype),
             payload={
                 "method": self.method,
                 "prefix": prefix,
                 "places": [
                     [use.path, use.hosting.parameter, use.hosting.host, use.bare] for use in uses
                 ],
-                "matrix": _matrix_data(hosting.matrix),
+                "matrix": matrix_data(hosting.matrix),
                 "dtype": dtype,
                 "slices": {name: [list(pair) for pair in pairs] for name, pairs in slices.items()},
             },
@@ -455,11 +416,18 @@ class LowRank(Pass):
             reversible=self.keep_base != "none" or self._touches != "changes",
         )
 
+    def _contract(self, dtype: torch.dtype) -> Contract:
+        """What is promised of a weight of a dtype."""
+        if not self.splits:
+            return Contract("exact")
+        # Inputs that are dropped are dropped from a part of the weight.
+        return Contract("changes") if self.dropout else CLOSE[dtype]
+
     def edited(self, edit: Edit) -> Edit:
         """An edit of another method at the same place, as this one would have planned it."""
-        matrix, slices = _matrix_of(edit), _slices_of(edit)
+        matrix, slices = matrix_of(edit), slices_of(edit)
         adds: dict[str, TensorSpec] = {}
-        for name, part in _parts(edit.payload["prefix"], matrix, slices):
+        for name, part in parts_of(edit.payload["prefix"], matrix, slices):
             adds.update(self._specs(name, part, edit.payload["dtype"]))
         return dataclasses.replace(
             edit,
@@ -541,7 +509,7 @@ class LowRank(Pass):
                 "adapters are merged",
                 hint="call surgery.adapters.unmerge(model) first",
             )
-        weight = _join(use.path, use.hosting.parameter)
+        weight = joined(use.path, use.hosting.parameter)
         planned = [
             method_named(edit.payload["method"])
             for edit in context.earlier
@@ -594,7 +562,7 @@ class LowRank(Pass):
                 hint="slices are for fused projections; a separate query or value projection is "
                 "selected by its role",
             )
-        return {name: _ranges(role.slices[name]) for name in self.slices}
+        return {name: ranges_of(role.slices[name]) for name in self.slices}
 
     def _notes(self, site: Site, uses: tuple[Use, ...]) -> tuple[str, ...]:
         notes: list[str] = []
@@ -617,7 +585,7 @@ class LowRank(Pass):
 
     def _build(self, edit: Edit, module: nn.Module, context: ApplyContext) -> Adapter:
         """The adapter of an edit, with its first values unless they follow."""
-        weight = own_parameters(module).get(_places(edit)[0].parameter)
+        weight = own_parameters(module).get(places_of(edit)[0].parameter)
         made = {
             name: self.kind(
                 matrix,
@@ -628,11 +596,11 @@ class LowRank(Pass):
                 device=_device(module, weight),
                 dtype=getattr(torch, edit.payload["dtype"]),
             )
-            for name, matrix in _parts(edit.payload["prefix"], _matrix_of(edit), _slices_of(edit))
+            for name, matrix in parts_of(edit.payload["prefix"], matrix_of(edit), slices_of(edit))
         }
         if not context.values_follow:
             self._start(edit, made, weight, context)
-        return _whole(edit, made)
+        return whole(edit, made)
 
     def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Give an adapter that was put in on the meta device its first values.
@@ -641,7 +609,7 @@ class LowRank(Pass):
             ModelStateError: the weight or the adapter is still on the meta device, or the weight
                 does not suit the method.
         """
-        place = _places(edit)[0]
+        place = places_of(edit)[0]
         module = context.module(model, place.path)
         weight = own_parameters(module).get(place.parameter)
         bank = self.bank(model, edit, context)
@@ -653,7 +621,7 @@ class LowRank(Pass):
                 hint="call model.to_empty(device=...) and load the weights first",
             )
         names = [
-            name for name, _ in _parts(edit.payload["prefix"], _matrix_of(edit), _slices_of(edit))
+            name for name, _ in parts_of(edit.payload["prefix"], matrix_of(edit), slices_of(edit))
         ]
         original = self._digest(weight)
         self._start(edit, dict(zip(names, made, strict=True)), weight, context)
@@ -670,23 +638,23 @@ class LowRank(Pass):
     ) -> None:
         """Give the tensors of an edit their first values, and the weight what is left of it."""
         reads = weight is not None and bool(self._touches)
-        bases = _rows_of(weight, edit) if weight is not None and reads else [None] * len(made)
+        bases = rows_of(weight, edit) if weight is not None and reads else [None] * len(made)
         left: list[Tensor] = []
         for (name, adapter), base in zip(made.items(), bases, strict=True):
             with context.generator(name) as generator:
-                rest = _told_of(edit, adapter.start, self.init, generator, base)
+                rest = told_of(edit, adapter.start, self.init, generator, base)
             if rest is not None:
                 left.append(rest)
         if weight is None or weight.is_meta:
             return
         if self.splits:
             self._keep(edit, weight, context)
-            _write_rows(weight, edit, left)
+            write_rows(weight, edit, left)
 
     def _keep(self, edit: Edit, weight: nn.Parameter, context: ApplyContext) -> None:
         """Copy the weight for undo, unless an edit of this application has already."""
-        place = _places(edit)[0]
-        name = _join(place.path, place.parameter)
+        place = places_of(edit)[0]
+        name = joined(place.path, place.parameter)
         if self.keep_base == "memory" and name not in context.kept:
             context.kept[name] = weight.detach().clone()
 
@@ -697,137 +665,8 @@ class LowRank(Pass):
         return None if weight is None or weight.is_meta else digest_of(weight.detach())
 
 
-def digest_of(weight: Tensor) -> str:
-    """The SHA-256 of the values of a tensor."""
-    values = weight.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().data).hexdigest()
-
-
-def _whole(edit: Edit, made: Mapping[str, Method]) -> Adapter:
-    """The adapter of an edit from its methods, one for each slice."""
-    slices = _slices_of(edit)
-    if not slices:
-        return next(iter(made.values()))
-    parts = {
-        name: (ranges, adapter)
-        for (name, ranges), adapter in zip(slices.items(), made.values(), strict=True)
-    }
-    return Sliced(parts, _matrix_of(edit).rows)
-
-
-@torch.no_grad()
-def _give_back(weight: nn.Parameter, edit: Edit, adapter: Adapter) -> None:
-    """Add what an adapter took out of a weight that has no copy: for an apply that failed."""
-    if adapter.beginning is None or weight.is_meta:
-        return
-    matrix = _matrix_of(edit)
-    taken = adapter.beginning.delta(torch.promote_types(weight.dtype, torch.float32))
-    weight.data.copy_(weight + matrix.unfold(taken))
-
-
-def _told_of(edit: Edit, start: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-    """Call a method's ``start``; what it cannot start from is told with the site.
-
-    Raises:
-        ModelStateError: the weight does not suit the method.
-    """
-    try:
-        return start(*args)
-    except ValueError as error:
-        raise ModelStateError(
-            f"{edit.site} cannot start as {edit.summary}: {error}",
-            hint="repair the weight, leave the site out with except:, or use method: lora",
-        ) from error
-
-
-def _rows_of(weight: nn.Parameter, edit: Edit) -> list[Tensor]:
-    """The weight as a matrix; the rows of each slice where there are slices."""
-    folded = _matrix_of(edit).fold(weight.detach())
-    slices = _slices_of(edit)
-    if not slices:
-        return [folded]
-    return [torch.cat([folded[a:b] for a, b in ranges]) for ranges in slices.values()]
-
-
-@torch.no_grad()
-def _write_rows(weight: nn.Parameter, edit: Edit, values: Sequence[Tensor]) -> None:
-    """Put values that ``_rows_of`` would give into the weight."""
-    matrix, slices = _matrix_of(edit), _slices_of(edit)
-    if not slices:
-        weight.data.copy_(matrix.unfold(values[0]))
-        return
-    folded = matrix.fold(weight.data).clone()
-    for ranges, value in zip(slices.values(), values, strict=True):
-        taken = 0
-        for a, b in ranges:
-            folded[a:b] = value[taken : taken + b - a]
-            taken += b - a
-    weight.data.copy_(matrix.unfold(folded))
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _label(use: Use) -> str:
-    return _join(use.path, use.hosting.parameter) if use.bare else use.path
-
-
-def _parts(prefix: str, matrix: Matrix, slices: dict[str, Ranges]) -> list[tuple[str, Matrix]]:
-    """Name of every adapter of an edit, and the matrix it changes."""
-    if not slices:
-        return [(prefix, matrix)]
-    return [
-        (f"{prefix}.{name}", Matrix.of((_rows(ranges), matrix.columns), stacked=False))
-        for name, ranges in slices.items()
-    ]
-
-
-def _rows(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)
-
-
-def _ranges(features: tuple[int, int] | list[int]) -> Ranges:
-    """Output features as ascending half-open ranges."""
-    if isinstance(features, tuple):
-        return (features,)
-    ranges: list[tuple[int, int]] = []
-    for index in sorted(features):
-        if ranges and ranges[-1][1] == index:
-            ranges[-1] = (ranges[-1][0], index + 1)
-        else:
-            ranges.append((index, index + 1))
-    return tuple(ranges)
-
-
-def _places(edit: Edit) -> list[Place]:
-    return [Place(*each) for each in edit.payload["places"]]
-
-
-def _matrix_data(matrix: Matrix) -> dict[str, Any]:
-    return {
-        "shape": list(matrix.shape),
-        "stack": list(matrix.stack),
-        "rows": matrix.rows,
-        "columns": matrix.columns,
-        "transposed": matrix.transposed,
-    }
-
-
-def _matrix_of(edit: Edit) -> Matrix:
-    fields = edit.payload["matrix"]
-    return Matrix(
-        shape=tuple(fields["shape"]),
-        stack=tuple(fields["stack"]),
-        rows=fields["rows"],
-        columns=fields["columns"],
-        transposed=fields["transposed"],
-    )
-
-
-def _slices_of(edit: Edit) -> dict[str, Ranges]:
-    slices = cast("dict[str, list[list[int]]]", edit.payload["slices"])
-    return {name: tuple((a, b) for a, b in pairs) for name, pairs in slices.items()}
+    return joined(use.path, use.hosting.parameter) if use.bare else use.path
 
 
 def _device(module: nn.Module, weight: Tensor | None) -> torch.device:

@@ -32,13 +32,13 @@ class Block(nn.Module):
         return x + self.experts(self.linear(x))
 
 
-def adapted() -> nn.Module:
+def adapted(method: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
-    surgery.apply(model, Rule(LowRank(rank=2)))
+    surgery.apply(model, Rule(LowRank(method=method, rank=2)))
     with torch.no_grad():
         for tensor in adapters.parameters(model):
-            tensor.normal_(0, 0.1)
+            tensor.add_(torch.randn_like(tensor), alpha=0.1)
     return model
 
 
@@ -53,19 +53,26 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def _rank(rank: int, port: int) -> None:
     store = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    reference = adapted()
+    # One method for each way of computing the output.
+    for method in ("lora", "dora", "pissa", "sorsa"):
+        _compare(method)
+    dist.destroy_process_group()
+
+
+def _compare(method: str) -> None:
+    reference = adapted(method)
     x = torch.randn(4, 6)
     expected = reference(x)
     expected.square().sum().backward()
     wanted = gradients(reference)
     assert set(wanted) == {n for n, p in reference.named_parameters() if p.requires_grad}
 
-    sharded = adapted()
+    sharded = adapted(method)
     mesh = init_device_mesh("cpu", (2,))
     for block in sharded:  # type: ignore[attr-defined]
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    replicated: Any = DistributedDataParallel(copy.deepcopy(adapted()))
+    replicated: Any = DistributedDataParallel(copy.deepcopy(adapted(method)))
     for wrapped in (sharded, replicated):
         output = wrapped(x)
         output.square().sum().backward()
@@ -76,7 +83,6 @@ def _rank(rank: int, port: int) -> None:
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # gloo and fork say what they think of CPUs

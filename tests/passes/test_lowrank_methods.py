@@ -16,7 +16,7 @@ import surgery
 from surgery import LowRank, Path, Rule, adapters
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.hosts import Bank, bank_of
-from surgery.passes.lowrank import method_named
+from surgery.passes.methods import method_named
 from surgery.record import record_of
 from surgery.registry import ADAPTERS
 from tests.passes.layers import KINDS, build
@@ -200,6 +200,39 @@ class Fused(nn.Module):
         return self.head(x + self.out(mixed))
 
 
+def test_dropping_inputs_of_a_part_of_the_weight_is_no_exact_start() -> None:
+    module, _ = build("linear")
+    for dropout, kind in ((0.0, "close"), (0.1, "changes")):
+        rule = Rule(LowRank(method="pissa", rank=RANK, dropout=dropout))
+        assert surgery.plan(module, rule).contract.kind == kind
+
+
+@pytest.mark.parametrize("method", OF_THEIR_OWN)
+def test_verified_against_the_model_as_it_was(method: str) -> None:
+    model, ids = Fused(torch.float32), torch.randint(0, 12, (2, 5))
+    rule = Rule(LowRank(method=method, rank=RANK), where=Path("{qkv,out}"))
+    surgery.apply(model, rule, example=(ids,))
+    report = surgery.verify(model, (ids,))
+    report.check()
+    expected = "within" if method in SPLITTING else "equal"
+    outputs = {row.result for row in report.rows if row.check.startswith("output")}
+    assert outputs <= {expected, "equal"}
+
+
+def test_compiled_mixes_follow_the_original_weight() -> None:
+    torch.compiler.reset()
+    module, x = build("linear", torch.float64)
+    before = module(x)
+    adapt(module, "pissa")
+    perturb(module)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x), rtol=1e-12, atol=1e-12)
+    with adapters.using(module, {"default": 0.25}):
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-12, atol=1e-12)
+    with adapters.disabled(module):
+        torch.testing.assert_close(compiled(x), before, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", [*OF_THEIR_OWN, "lora"])
 def test_slices_of_a_fused_weight(method: str) -> None:
     model, ids = Fused(), torch.randint(0, 12, (2, 5))
@@ -279,11 +312,11 @@ def test_saved_models_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv2d", "experts", "embedding"])
-@pytest.mark.parametrize("method", SPLITTING)
+@pytest.mark.parametrize("method", [*SPLITTING, "reflora"])
 def test_converted_to_plain_lora(method: str, kind: str, tmp_path: FilePath) -> None:
     module, x = build(kind, torch.float64)
     stock = copy.deepcopy(module)
-    adapt(module, method)
+    adapt(module, method, options={"re_init": True} if method == "reflora" else {})
     perturb(module)
     output = module(x)
     assert adapters.to_lora(module) is module

@@ -23,7 +23,7 @@ def decaying(rows: int, columns: int, power: float = 1.0) -> Tensor:
 def test_best_approximation_of_its_rank(shape: tuple[int, ...], iterations: int | None) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()
     generator = torch.Generator().manual_seed(0)
-    U, S, V = leading(weight, 4, iterations=iterations, oversampling=8, generator=generator)
+    U, S, V = leading(weight, 4, iterations=iterations, generator=generator)
     assert U.shape == (*shape[:-1], 4)
     assert S.shape == (*shape[:-2], 4)
     assert V.shape == (*shape[:-2], 4, shape[-1])

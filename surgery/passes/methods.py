@@ -1,0 +1,52 @@
+"""The registered adapter methods and their options, as rules name them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import pydantic.dataclasses
+from pydantic import ConfigDict
+
+from architectures.adapters import Method
+from surgery.registry import ADAPTERS, suggest
+from surgery.rules import invalid
+from surgery.rules.explain import Problem
+from surgery.rules.strict import option_names, problem_error
+
+
+def method_named(name: str) -> type[Method]:
+    """The class of a registered method.
+
+    Raises:
+        RuleError: there is none.
+    """
+    return cast("type[Method]", ADAPTERS.get(name))
+
+
+def known_method(name: str) -> str:
+    """Return the name of a method if there is one; raises for pydantic if there is not."""
+    if name not in ADAPTERS.names():
+        raise invalid(f"unknown method {name!r}", hint=suggest(name, ADAPTERS.names()))
+    return name
+
+
+def completed_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method, those that were not given at their defaults."""
+    known = method_named(method).Options
+    names = option_names(known)
+    unknown = [key for key in given if key not in names]
+    if unknown:
+        hint = suggest(unknown[0], names) if names else f"method {method!r} has no options"
+        message = f"method {method!r} has no option {unknown[0]!r}"
+        raise problem_error(Problem((unknown[0],), message, hint, at_key=True))
+    return dataclasses.asdict(_checked(known)(**given))
+
+
+@functools.cache
+def _checked(known: type) -> Callable[..., Any]:
+    """A twin of a dataclass that checks its fields strictly. The class itself stays plain."""
+    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return pydantic.dataclasses.dataclass(known, frozen=True, config=config)
