@@ -305,12 +305,21 @@ def to_lora(model: nn.Module, name: str | None = None) -> nn.Module:
         The same object.
 
     Raises:
-        ModelStateError: there is no such adapter or none to convert, an original weight is gone
-            (``keep_base: none``), or adapters are merged. Nothing has changed then.
+        ModelStateError: there is no such adapter or none to convert, one that added to the weight
+            while it was trained (ScaLoRA), an original weight is gone (``keep_base: none``), or
+            adapters are merged. Nothing has changed then.
     """
     root, record = _rewritten(model)
     if name is not None:
         _mix(root, name)
+    for bank in _banks(root):
+        for each, adapter in bank.adapters.items():
+            if name in (None, each) and has_folded(adapter):
+                raise ModelStateError(
+                    f"adapter {each!r} added to the weights while it was trained, and the sum of "
+                    "what it added has no low rank",
+                    hint="merge it, or export the model with format='merged'",
+                )
     if not to_plain(root, record, name):
         raise ModelStateError(
             "no adapter took its start out of the weight, so all are plain already",

@@ -234,7 +234,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--draw", action="store_true", help="draw what was measured before")
     if parser.parse_args().draw:
         found = json.loads(RESULTS.read_text())

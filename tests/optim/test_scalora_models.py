@@ -185,6 +185,8 @@ def test_what_was_trained_cannot_be_switched_off_or_mixed():
     ):
         with pytest.raises(ModelStateError, match="added to the weights while it was trained"):
             attempt()
+    with pytest.raises(ModelStateError, match="has no low rank"):
+        adapters.to_lora(model)
     adapters.activate(model, "default")
     output = model(x)
     adapters.merge(model)
