@@ -7,11 +7,13 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from surgery.exporting.code import runtime
 from surgery.exporting.code.inline import Inlined, is_copied
 from surgery.exporting.code.rewrites import Rewired, Rewrites, rewrites_of
 from surgery.exporting.code.text import Code, identifier, literal
@@ -89,3 +91,13 @@ def test_two_things_of_one_name_are_refused() -> None:
 def test_libraries_are_imported_and_the_rest_is_copied() -> None:
     assert not any(map(is_copied, ("torch.nn", "timm.models", "ast", "transformers")))
     assert all(map(is_copied, ("surgery.tree", "architectures.backbones", "somebody.elses")))
+
+
+def test_shared_modules_are_in_a_state_dict_once() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    runtime.share(model, {"1": "0"})
+    assert model[1] is model[0]
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    assert set(state) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    model.load_state_dict(state)
+    assert not model[1].weight.any()

@@ -244,6 +244,44 @@ def _sequence(
     return state
 
 
+def share(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """Put modules in the place of others, too; a state dict then holds each of them once.
+
+    Args:
+        model: The root.
+        shared: Path of what is replaced → path of the module that takes its place.
+    """
+    for path, first in shared.items():
+        model.set_submodule(path, model.get_submodule(first))
+    hooks = cast("Any", model)
+    hooks.register_state_dict_post_hook(functools.partial(_each_once, shared))
+    hooks.register_load_state_dict_pre_hook(functools.partial(_every_name, shared))
+
+
+def _each_once(
+    shared: Mapping[str, str], _: nn.Module, state: dict[str, Any], prefix: str, __: Any
+) -> None:
+    for name in [name for name in state if _other_name(name, prefix, shared) is not None]:
+        del state[name]
+
+
+def _every_name(
+    shared: Mapping[str, str], _: nn.Module, state: dict[str, Any], prefix: str, *__: Any
+) -> None:
+    for path, first in shared.items():
+        for name in list(state):
+            other = _other_name(name, prefix, {first: path})
+            if other is not None:
+                state.setdefault(other, state[name])
+
+
+def _other_name(name: str, prefix: str, paths: Mapping[str, str]) -> str | None:
+    for path, other in paths.items():
+        if name.startswith(f"{prefix}{path}."):
+            return prefix + other + name[len(prefix) + len(path) :]
+    return None
+
+
 class LayerList(_Holder):
     """An ``nn.ModuleList`` or ``nn.Sequential`` that has shortcuts beside its layers."""
 

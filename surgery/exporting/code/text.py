@@ -81,8 +81,9 @@ class Code:
             "def rewrite(model: nn.Module) -> None:",
             '    """Make a stock model what was exported: shared modules, learned shortcuts."""',
         ]
-        for path, first in self.rewrites.shared.items():
-            lines += [f"    model.set_submodule({path!r}, model.get_submodule({first!r}))"]
+        if self.rewrites.shared:
+            self.inlined.add(_RUNTIME, "share")
+            lines += [f"    share(model, {literal(dict(self.rewrites.shared))})"]
         holders: dict[str, list[Rewired]] = {}
         for one in self.rewrites.shortcuts:
             holders.setdefault(one.holder, []).append(one)
