@@ -47,6 +47,11 @@ def conditioned(rows: int, columns: int, condition: float) -> Tensor:
     return ((u * values) @ v.T).float()
 
 
+def grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def all_adapters(condition: float) -> list[Factors]:
     """Every adapter of the model, with gradients."""
     found = []
@@ -72,8 +77,8 @@ def authors_loop(factors: list[Factors], dtype: torch.dtype) -> None:
         fourth = inner_values.clamp(min=0).sqrt().sqrt()
         half = (vectors / (root + eps)) @ inner_vectors * fourth
         half_inverse = ((vectors * root) @ inner_vectors) / (fourth + eps)
-        each.A.grad.copy_(half_inverse @ half_inverse.T @ each.A.grad.to(dtype))
-        each.B.grad.copy_(each.B.grad.to(dtype) @ (half @ half.T))
+        grad(each.A).copy_(half_inverse @ half_inverse.T @ grad(each.A).to(dtype))
+        grad(each.B).copy_(grad(each.B).to(dtype) @ (half @ half.T))
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def stable(each: Factors) -> tuple[Tensor, Tensor]:
     u, values, vh = torch.linalg.svd(left @ right.T)
     half = torch.linalg.solve_triangular(right, vh.T * values.sqrt(), upper=True)
     inverse = torch.linalg.solve_triangular(left, u * values.sqrt(), upper=True)
-    return inverse @ (inverse.T @ each.A.grad.double()), (each.B.grad.double() @ half) @ half.T
+    return inverse @ (inverse.T @ grad(each.A).double()), (grad(each.B).double() @ half) @ half.T
 
 
 def worst_error(work: Callable[[list[Factors]], object]) -> float:
@@ -96,7 +101,7 @@ def worst_error(work: Callable[[list[Factors]], object]) -> float:
     errors = [
         ((new.double() - right).norm() / right.norm()).item()
         for each, pair in zip(factors, expected, strict=True)
-        for new, right in zip((each.A.grad, each.B.grad), pair, strict=True)
+        for new, right in zip((grad(each.A), grad(each.B)), pair, strict=True)
     ]
     return max(float("inf") if math.isnan(error) else error for error in errors)
 
@@ -141,12 +146,12 @@ def measure(
 def work(rounds: int) -> tuple[str, dict[str, Any]]:
     torch.manual_seed(0)
     factors = all_adapters(2.0)
-    fresh = [(each.A.grad.clone(), each.B.grad.clone()) for each in factors]
+    fresh = [(grad(each.A).clone(), grad(each.B).clone()) for each in factors]
 
     def restore() -> None:
         for each, (grad_A, grad_B) in zip(factors, fresh, strict=True):
-            each.A.grad.copy_(grad_A)
-            each.B.grad.copy_(grad_B)
+            grad(each.A).copy_(grad_A)
+            grad(each.B).copy_(grad_B)
 
     routes: dict[str, Callable[[list[Factors]], object]] = {
         "ours": lambda each: ours(each)(),
@@ -186,8 +191,13 @@ def llama(method: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "vocab_size": 4096}
-    config = LlamaConfig(**sizes, num_hidden_layers=8, num_attention_heads=8)
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        vocab_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+    )
     model = LlamaForCausalLM(config)
     options = {} if method == "lora" else {"warmup": 0}
     made = LowRank(method=method, rank=RANK, options=options)

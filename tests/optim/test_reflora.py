@@ -55,7 +55,7 @@ def exact(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor,
         return _tensor(S_inverse * ga), _tensor(gb * S)
 
 
-def _tensor(matrix: mp.matrix) -> Tensor:
+def _tensor(matrix: Any) -> Tensor:
     return torch.tensor([[float(x) for x in row] for row in matrix.tolist()], dtype=torch.float64)
 
 
