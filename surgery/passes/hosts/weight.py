@@ -8,7 +8,9 @@ are faster where they fit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -46,13 +48,16 @@ class WeightHost(_Module):
             return super().forward(*args, **kwargs)
         token = _formed.set({})
         try:
-            # The class after this one in the method resolution order, for a stand-in too.
-            return super(WeightHost, _without_caches(self)).forward(*args, **kwargs)
+            module = _without_caches(self)
+            return _below(type(module), "forward")(module, *args, **kwargs)
         finally:
             _formed.reset(token)
 
     def __getattr__(self, name: str) -> Any:
-        value: Any = super().__getattr__(name)
+        if torch.compiler.is_compiling():
+            value: Any = super().__getattr__(name)
+        else:
+            value = _below(type(self), "__getattr__")(self, name)
         if name not in self.__dict__["_parameters"] or value is None or value.dim() < 2:
             return value
         bank = bank_of(self, name)
@@ -66,6 +71,18 @@ class WeightHost(_Module):
             # again for the forward.
             return value
         return _formed_once(self, name, bank, value)
+
+
+@cache
+def _below(cls: type, name: str) -> Callable[..., Any]:
+    """What ``super()`` would find in a class from within the host.
+
+    ``super()`` itself refuses an object from which another thread has just taken the host; what
+    it finds then is the stock class's.
+    """
+    order = cls.__mro__
+    start = order.index(WeightHost) + 1 if WeightHost in order else 0
+    return next(vars(parent)[name] for parent in order[start:] if name in vars(parent))
 
 
 def _without_caches(module: WeightHost) -> WeightHost:
