@@ -15,7 +15,7 @@ class EmbeddingHost(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Embedding's name for it
         """Indices (...) to embeddings (..., dim)."""
-        output = super().forward(input)
+        output = nn.Embedding.forward(self, input)  # by name, as in LinearHost
         bank = bank_of(self)
         if bank is None:
             return output

@@ -26,16 +26,18 @@ class LinearHost(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         """Maps x (..., in) to (..., out)."""
+        # By name: another thread may take the adapters, and with them this class, away meanwhile,
+        # and super() would find that ``self`` is no instance of it any more.
         bank = bank_of(self)
         if bank is None:
-            return super().forward(input)
+            return nn.Linear.forward(self, input)
         counting = bank.counting()
         if len(counting) == 1 and _is_simple(counting[0][0], self, input):
             return bank.seal(_in_one_go(self, input, *counting[0]), input)
         if bank.trained and _kernel_changed(self, input):
             output = _as_if_trained(self, input)
         else:
-            output = super().forward(input)
+            output = nn.Linear.forward(self, input)
         return bank.seal(_with_branches(self, bank, counting, input, output), input)
 
 
