@@ -138,7 +138,7 @@ def _names(model: nn.Module, paths: Sequence[tuple[Any, ...]]) -> list[str]:
     words = positional_names(model, max(positions, default=-1) + 1)
     names: list[str] = []
     for side, first, *rest in paths:
-        top = words[first.idx] if side.idx == 0 else str(first.key)
+        top: str = words[first.idx] if side.idx == 0 else str(first.key)
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in rest]
         name = re.sub(r"\W", "_", "_".join([top, *keys]))
         names.append(name if name not in names else f"{name}_{len(names)}")

@@ -7,6 +7,7 @@ A decoder with a cache takes and returns the keys and values of earlier tokens, 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -130,8 +131,7 @@ class Onnx(Format):
 
 
 def _session(file: Path) -> Any:
-    import onnxruntime
-
+    onnxruntime: Any = importlib.import_module("onnxruntime")
     quiet_log = onnxruntime.SessionOptions()
     quiet_log.log_severity_level = 3  # errors
     try:
@@ -161,7 +161,8 @@ def _run(session: Any, function: TensorFunction, call: Example) -> dict[str, Ten
             hint="name the sizes that may vary: -O dynamic=[batch], or -O dynamic=[] for none",
         ) from error
     outputs = [node.name for node in session.get_outputs()]
-    return floating(dict(zip(outputs, map(torch.from_numpy, found), strict=True)))
+    tensors = map(cast("Any", torch).from_numpy, found)
+    return floating(dict(zip(outputs, tensors, strict=True)))
 
 
 def _name_dimensions(

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
@@ -42,7 +43,9 @@ def program(
                 function,
                 example.args,
                 example.kwargs,
-                dynamic_shapes=shapes.dynamic_shapes(function, example.args, example.kwargs),
+                dynamic_shapes=cast("Any", shapes).dynamic_shapes(
+                    function, example.args, example.kwargs
+                ),
             )
         except Exception as error:
             raise ExportError(

@@ -96,7 +96,9 @@ class Python(Format):
         rewrite = code.rewrite()
         build = _build(model, code, rewritten=bool(rewrite))
         code.inlined.imported("from pathlib import Path", "Path", Path)
-        code.inlined.imported("from safetensors.torch import load_file", "load_file", load_file)
+        code.inlined.imported(
+            "from safetensors.torch import load_file", "load_file", cast("Any", load_file)
+        )
         load = _LOAD.format(ties=literal(ties))
         text = code.assembled(_DOCSTRING.format(name=NAME), rewrite, build, load)
         (work / _FILE).write_text(text, encoding="utf-8")

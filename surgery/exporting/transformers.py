@@ -88,7 +88,7 @@ class Transformers(Format):
         return {"transformers": version("transformers")}
 
     def _remote(self, model: nn.Module, work: Path, rewrites: Rewrites) -> dict[str, Any]:
-        config_class = type(cast("Any", model).config)
+        config_class = _config_class(model)
         tested = {name: version(name) for name in ("torch", "transformers")}
         name = remote.modeling_file(work, model, rewrites, config_class=config_class, tested=tested)
         where = f"{remote.MODULE}.{name}"
@@ -101,6 +101,10 @@ class Transformers(Format):
                 **dict.fromkeys(autos, where),
             },
         }
+
+
+def _config_class(model: nn.Module) -> type:
+    return cast("Any", type(cast("object", cast("Any", model).config)))
 
 
 def _is_remote(model: nn.Module) -> bool:
@@ -119,7 +123,7 @@ def _auto_classes(model: nn.Module) -> Iterator[str]:
     """Names of the ``Auto`` classes that load the stock class of a model."""
     from transformers.models.auto import modeling_auto
 
-    cls, config = stock_class(model), type(cast("Any", model).config)
+    cls, config = stock_class(model), _config_class(model)
     for name, auto in sorted(vars(modeling_auto).items()):
         mapping: Any = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
         if mapping is None or not name.startswith("AutoModel") or config not in mapping:
@@ -130,9 +134,11 @@ def _auto_classes(model: nn.Module) -> Iterator[str]:
 
 
 def _tokenizer_files(given: str | None, model: nn.Module) -> list[Path]:
-    source = model.__dict__.get(SOURCE_ATTRIBUTE) or {}
-    folder = Path(given if given is not None else str(source.get("spec", "")))
-    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    source: dict[str, Any] = model.__dict__.get(SOURCE_ATTRIBUTE) or {}
+    place = source.get("spec") if given is None else given
+    if place is None:
+        return []
+    found = [Path(place, name) for name in _TOKENIZER_FILES if Path(place, name).is_file()]
     if given is not None and not found:
         raise ExportError(f"{given} has no tokenizer files: none of {', '.join(_TOKENIZER_FILES)}")
-    return found if folder.is_dir() else []
+    return found

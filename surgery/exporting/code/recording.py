@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers.utils.output_capturing import (
@@ -18,7 +18,7 @@ def records(module: Any) -> None:
 
 def recorded(before: Tensor, after: Tensor) -> None:
     """Put ``after`` where ``before``, this very object, was just recorded as a hidden state."""
-    collected: Any = _active_collector.get()
-    states = None if collected is None else collected.get("hidden_states")
+    collected = cast("Any", _active_collector.get())
+    states: Any = None if collected is None else collected.get("hidden_states")
     if states and states[-1] is before:
         states[-1] = after

@@ -197,7 +197,7 @@ def _methods(path: str, base: type[nn.Module], mixin: type) -> Iterator[Method]:
             f"say; {_ALIKE}"
         )
     for name in loops.methods:
-        attribute: Any = vars(mixin)[name]
+        attribute: Any = cast("Any", mixin).__dict__[name]
         if not isinstance(attribute, FunctionType):
             raise ExportError(
                 f"{where}.{name} is rewritten and no plain method, but a "

@@ -64,7 +64,7 @@ def _at(value: Any, path: tuple[int | str, ...]) -> Any:
         if value is None:
             return None
         fields = isinstance(step, str) and is_dataclass(value)
-        value = getattr(value, str(step)) if fields else value[step]
+        value = cast("Any", getattr(value, str(step)) if fields else cast("Any", value)[step])
     return value
 
 
@@ -231,10 +231,11 @@ def _sequence(
     function: Callable[..., Any], steps: Steps, layers: Iterable[Any], *args: Any, **kwargs: Any
 ) -> Any:
     bound = inspect.signature(function).bind(layers, *args, **kwargs).arguments
-    of_torch = function is torch_checkpoint.checkpoint_sequential
+    torchs = cast("Any", torch_checkpoint)
+    of_torch = function is torchs.checkpoint_sequential
     last = bool(bound.get("skip_last", of_torch))
     state = bound["input"] if of_torch else bound["x"]
-    recomputed = functools.partial(torch_checkpoint.checkpoint, use_reentrant=False)
+    recomputed = functools.partial(torchs.checkpoint, use_reentrant=False)
     found = list(layers)
     for index, layer in enumerate(found):
         if last and index == len(found) - 1:

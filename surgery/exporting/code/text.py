@@ -11,8 +11,7 @@ import builtins
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
-from types import FunctionType
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -152,16 +151,16 @@ class Code:
         module = method.function.__module__
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         for name in sorted(names):
-            self._needed(name, module, method.function)
+            self._needed(name, module, cast("Any", method).function.__globals__)
         self.origins[module] = None
         owner = next(cls for cls in one.base.__mro__ if method.name in vars(cls))
         return _without_bare_super(source, tree, base if owner is one.base else self.stock(owner))
 
-    def _needed(self, name: str, module: str, function: FunctionType) -> None:
+    def _needed(self, name: str, module: str, present: Mapping[str, Any]) -> None:
         """See that a global name that a method uses is there."""
         plain = name.rstrip("_")
-        if name in function.__globals__:
-            value = function.__globals__[name]
+        if name in present:
+            value = present[name]
             if inspect.isclass(value) and value.__module__ == "builtins":
                 return
             self.inlined.add(module, name)
