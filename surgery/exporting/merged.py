@@ -16,9 +16,9 @@ from surgery.errors import ExportError, ModelStateError
 from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
 from surgery.exporting.peft import FAILURES
-from surgery.interchange.layers import places_of
 from surgery.passes.hosts import Place, bank_of, detach
 from surgery.passes.lowrank import LowRank
+from surgery.passes.payload import places_of
 from surgery.record import Edit, Record, record_of, set_record
 from surgery.rules.strict import options
 from surgery.save_guard import guard, not_baked

@@ -21,6 +21,7 @@ from surgery.errors import ExportError
 from surgery.passes.base import passes_of
 from surgery.passes.hosts import Bank, Place, bank_of
 from surgery.passes.lowrank import LowRank
+from surgery.passes.payload import places_of
 from surgery.record import Edit, Record, record_of
 from surgery.registry import ADAPTERS, suggest
 from surgery.tree import joined, own_parameters
@@ -63,26 +64,9 @@ class Layer:
         return self.A.shape[-2]
 
 
-def places_of(edit: Edit) -> list[Place]:
-    """Every module that an edit of ``lowrank`` gave the adapter to."""
-    return [Place(*each) for each in edit.payload["places"]]
-
-
 def site_of(place: Place) -> str:
     """What a rule calls a place: the module, or the parameter of one that is no single layer."""
     return joined(place.path, place.parameter) if place.bare else place.path
-
-
-def matrix_of(edit: Edit) -> Matrix:
-    """How the weight of an edit of ``lowrank`` is read as a matrix."""
-    fields = edit.payload["matrix"]
-    return Matrix(
-        shape=tuple(fields["shape"]),
-        stack=tuple(fields["stack"]),
-        rows=fields["rows"],
-        columns=fields["columns"],
-        transposed=fields["transposed"],
-    )
 
 
 def why_not_low_rank(model: nn.Module) -> str | None:

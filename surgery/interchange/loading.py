@@ -17,9 +17,10 @@ from surgery.errors import CheckpointError, RuleError
 from surgery.interchange import folder as files
 from surgery.interchange import layout
 from surgery.interchange.folder import Entry, Source
-from surgery.interchange.layers import matrix_of, places_of, site_of
+from surgery.interchange.layers import site_of
 from surgery.passes.hosts import Place, hosting_of
 from surgery.passes.lowrank import LowRank
+from surgery.passes.payload import matrix_of, places_of
 from surgery.planning import Plan, plan
 from surgery.record import Edit
 from surgery.rules import Path, Recipe, Rule

@@ -97,8 +97,6 @@ CASES: dict[str, tuple[str, list[Rule], dict[str, Any]]] = {
     ),
     "sd3": ("SD3Transformer2DModel", [Rule(LowRank(rank=2), where=QKV)], {"r": 2}),
 }
-# The factors of the start beside those of now.
-SPLITTING = ["pissa", "olora", "nora", "nora-plus", "sorsa"]
 METHODS = [name for name in ADAPTERS.names() if name != "scalora"]
 
 
