@@ -34,6 +34,7 @@ from surgery.errors import SurgeryError
 from surgery.train import apart
 from surgery.train.compare import Comparison, finished, report, train_once
 from surgery.train.config import PretrainConfig
+from surgery.train.data.base import Samples
 from surgery.train.finetune.config import FinetuneConfig
 from surgery.train.finetune.run import finetune
 from surgery.train.views import Group, canvas, losses, read_run
@@ -373,9 +374,11 @@ def facts(plan: Plan) -> dict[str, Any]:
         plan.task, BASELINE, seed=0, rate=plan.task.rates[0], part="test", steps=plan.steps
     )
     data = open_data(with_tokenizer(config), seed=0)
+    training = data.train
+    assert isinstance(training, Samples), "both tasks have stored samples"
     labels = torch.stack([data.held_out[index]["labels"] for index in range(len(data.held_out))])
     return {
-        "training": len(data.train),
+        "training": len(training),
         "test": len(data.held_out),
         "classes": data.facts.classes,
         "majority": float(labels.bincount().max() / len(labels)),
