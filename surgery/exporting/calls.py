@@ -134,11 +134,12 @@ def _flat(example: Example, quiet: Mapping[str, Any]) -> tuple[list[tuple[Any, A
 
 def _names(model: nn.Module, paths: Sequence[tuple[Any, ...]]) -> list[str]:
     """A name for each leaf of a call: ``pixel_values``, ``added_cond_kwargs_text_embeds``."""
-    positions = [path[1].idx for path in paths if path[0].idx == 0]
+    positions = [int(path[1].idx) for path in paths if path[0].idx == 0]
     words = positional_names(model, max(positions, default=-1) + 1)
     names: list[str] = []
-    for side, first, *rest in paths:
-        top: str = words[first.idx] if side.idx == 0 else str(first.key)
+    for path in paths:
+        side, first, rest = path[0], path[1], path[2:]
+        top = words[int(first.idx)] if side.idx == 0 else str(first.key)
         keys = [str(getattr(key, "key", getattr(key, "idx", ""))) for key in rest]
         name = re.sub(r"\W", "_", "_".join([top, *keys]))
         names.append(name if name not in names else f"{name}_{len(names)}")

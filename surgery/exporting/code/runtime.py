@@ -64,7 +64,7 @@ def _at(value: Any, path: tuple[int | str, ...]) -> Any:
         if value is None:
             return None
         fields = isinstance(step, str) and is_dataclass(value)
-        value = cast("Any", getattr(value, str(step)) if fields else cast("Any", value)[step])
+        value = getattr(value, str(step)) if fields else cast("Any", value)[step]
     return value
 
 
