@@ -48,7 +48,7 @@ test: $(VENV)/.installed ## Run the tests
 lint: $(VENV)/.installed ## Check format, lint rules and import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.installed ## Check types
 	$(BIN)/pyright

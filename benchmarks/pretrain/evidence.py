@@ -67,7 +67,7 @@ EXPERIMENTS = {
     "llama": Experiment("LLaMA tiny on the source of the standard library", "llama-tiny"),
     "resnet": Experiment("ResNet-56 on handwritten digits", "resnet-56-digits"),
     "mlp": Experiment("Residual MLP of 64 layers on handwritten digits", "mlp-64"),
-    "dit": Experiment("DiT tiny on handwritten digits", "dit-tiny", steps=750),
+    "dit": Experiment("DiT tiny on handwritten digits", "dit-tiny", steps=500),
 }
 #: Options of the pass `shortcuts`; None leaves the model as it is.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -464,7 +464,7 @@ more. The authors' results (arXiv 2602.09009) are for models of 60 million param
   coefficients, `constant` is `ancre` with coefficients that stay equal, `denseformer` averages over
   the depth (arXiv 2402.02622). `ancre` as its authors define it adds the learned sum to blocks that
   keep their own shortcuts, so that states grow from block to block unless the model normalises what
-  enters a block; `ancre-replace`, which is ours, puts the learned sum in the place of the shortcuts.
+  enters a block; `ancre-replace`, of our own, puts the learned sum in place of the shortcuts.
   See [residual connections](shortcuts.md).
 - **Budget.** All variants of a model see the same samples in the same order for the same number of
   steps. Within a seed they differ in their residual connections only.
