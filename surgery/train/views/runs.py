@@ -442,10 +442,17 @@ def _remarks(record: Record) -> Iterator[str]:
         yield _why_no_matrices(record.config)
 
 
+def _rewires(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as plain data, has a rule for shortcuts."""
+    return any(rule.get("pass") == "shortcuts" for rule in recipe.get("rules", ()))
+
+
 def _why_no_matrices(config: Mapping[str, Any] | None) -> str:
     log = None if config is None else config.get("log")
     if config is not None and config.get("rules") is None:
         return "the run has no rules, so no shortcuts: there is no matrix to draw"
+    if config is not None and not _rewires(cast("Mapping[str, Any]", config["rules"])):
+        return "the run's rules rewire nothing: there is no matrix to draw"
     if isinstance(log, Mapping) and cast("Mapping[str, Any]", log).get("matrices", 0) is None:
         return "log.matrices is null: no coefficient matrix was recorded"
     return "no coefficient matrix was recorded: the model has no shortcuts, or trained too briefly"

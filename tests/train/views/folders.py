@@ -28,11 +28,12 @@ def signed_matrix(sites: int, progress: float, seed: int = 0) -> Tensor:
 
 def config(name: str, seed: int, steps: int, rules: str | None) -> str:
     """A resolved configuration, as far as pictures need it."""
+    passes = {"ancre": "shortcuts", "lora": "lowrank"}
     data: dict[str, Any] = {
         "version": 1,
         "name": name,
         "seed": seed,
-        "rules": None if rules is None else {"recipe": rules},
+        "rules": None if rules is None else {"recipe": rules, "rules": [{"pass": passes[rules]}]},
         "train": {"steps": steps, "batch": 4},
         "log": {"matrices": 50},
     }

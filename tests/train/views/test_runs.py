@@ -95,7 +95,12 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "said"), [(None, "the run has no rules"), ("ancre", "the model has no shortcuts")]
+    ("rules", "said"),
+    [
+        (None, "the run has no rules"),
+        ("ancre", "the model has no shortcuts"),
+        ("lora", "the run's rules rewire nothing"),
+    ],
 )
 def test_a_run_without_matrices_says_why(tmp_path: Path, rules: str | None, said: str) -> None:
     record = read_run(make_run(tmp_path / "run", {}, rules=rules))
