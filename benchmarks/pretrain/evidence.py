@@ -366,8 +366,7 @@ def section(name: str, data: Mapping[str, Any], images: Path) -> Iterator[str]:
     yield markdown(data["table"]) + "\n"
     yield from missing(name, data["table"])
     yield per_seed(data["comparison"])
-    yield from (f"- {note}" for note in data["comparison"]["notes"] if "busy" in note)
-    yield ""
+    yield from busy(data["comparison"])
     for kind, caption in (("losses", "Loss curves"), ("matrices", "Coefficients of ancre, seed 0")):
         if (images / f"evidence-{name}-{kind}.png").is_file():
             yield f"![{caption}.](images/evidence-{name}-{kind}.png)\n"
@@ -447,6 +446,19 @@ def per_seed(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def busy(comparison: Mapping[str, Any]) -> Iterator[str]:
+    """Which times say little."""
+    count = sum("busy" in note for note in comparison["notes"])
+    runs = sum(
+        len(row["metrics"].get("loss", {"values": {}})["values"]) for row in comparison["rows"]
+    )
+    if count:
+        yield (
+            f"The machine had other work during {count} of these {runs} runs, so that the times say "
+            "little.\n"
+        )
+
+
 def saved_told(saved: Mapping[str, float | None], seed: str) -> str:
     if seed not in saved:
         return ""
@@ -479,7 +491,8 @@ more. The authors' results (arXiv 2602.09009) are for models of 60 million param
   configuration would not end there.
 - **Time** is the median over the steps of a run, **memory** the peak of its process less what its
   libraries take; both relative to the baseline with the same seed. Runs were made one after the
-  other on a machine that may have had other work; [benchmarks](benchmarks.md) has timings in turns.
+  other on a machine that may have had other work; `benchmarks/pretrain/overhead.py` times `ancre`
+  in turns with the baseline, inside the trainer ([benchmarks](benchmarks.md)).
 """
 
 
