@@ -454,8 +454,8 @@ def busy(comparison: Mapping[str, Any]) -> Iterator[str]:
     )
     if count:
         yield (
-            f"The machine had other work during {count} of these {runs} runs, so that the times say "
-            "little.\n"
+            f"The machine had other work during {count} of these {runs} runs, so that the times "
+            "say little.\n"
         )
 
 
