@@ -49,9 +49,9 @@ class Classification(Objective):
     ) -> None:
         self._smoothing = config.label_smoothing
         _, self._dtype = placement(model)
+        logits = self.tried(model, facts)
         if facts.classes is None:
             raise TrainingError(f"{facts.kind} data has no classes", hint=self.unlabelled)
-        logits = self.tried(model, facts)
         if logits.ndim != 2 or logits.shape[1] != facts.classes:
             raise ModelStateError(
                 f"the data has {facts.classes} classes, and for 2 samples the model returned "
