@@ -425,17 +425,29 @@ SHORTCUTS: dict[str, Callable[[Any], None]] = {
 def examine(model: Model) -> Result:
     """Check one model. A model that does not build, or is refused, is spared the rest."""
     start = time.perf_counter()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     result = Result(model.name, model.library, vars(model).get("module", ""))
-    subject = Subject(model, result.findings)
-    if _check(result, "builds", BUILD, subject):
-        _check(result, "residuals", residuals, subject)
-        _check_shortcuts(result, subject)
-        for name, check in LOWRANK.items():
-            _check(result, name, check, subject)
+    with _quiet():
+        subject = Subject(model, result.findings)
+        if _check(result, "builds", BUILD, subject):
+            _check(result, "residuals", residuals, subject)
+            _check_shortcuts(result, subject)
+            for name, check in LOWRANK.items():
+                _check(result, name, check, subject)
     result.seconds = round(time.perf_counter() - start, 2)
     return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings; what follows hears them again."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _check_shortcuts(result: Result, subject: Subject) -> None:
