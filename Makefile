@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
 # Not those that train for hours: see docs/pretraining-evidence.md.
-BENCHMARKS := $(filter-out %/harness.py,$(wildcard benchmarks/*.py)) \
+BENCHMARKS := $(filter-out %/harness.py %/study.py,$(wildcard benchmarks/*.py)) \
 	benchmarks/pretrain/throughput.py benchmarks/pretrain/overhead.py
 
 .DEFAULT_GOAL := help

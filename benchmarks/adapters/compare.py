@@ -15,18 +15,30 @@ those.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from study import (
+    ROOT,
+    Folders,
+    Place,
+    draw_losses,
+    machine,
+    markdown,
+    names_of,
+    numbers,
+    today,
+    write_json,
+)
 
 import surgery
 from surgery import files
@@ -37,13 +49,9 @@ from surgery.train.config import PretrainConfig
 from surgery.train.data.base import Samples
 from surgery.train.finetune.config import FinetuneConfig
 from surgery.train.finetune.run import finetune
-from surgery.train.views import Group, canvas, losses, read_run
+from surgery.train.views import read_run
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "runs" / "adapters"
-RESULTS = Path(__file__).parent / "results"
-PAGE = ROOT / "docs" / "adapters-evidence.md"
-IMAGES = ROOT / "docs" / "images"
+PLACE = Place.named("adapters", __file__, "adapters-evidence.md")
 
 #: Learning rates are chosen on the validation part, with a seed that no result comes from.
 GRID_SEED = 100
@@ -100,7 +108,7 @@ class Task:
 
     def folder(self, steps: int | None) -> Path:
         """Of the pretraining."""
-        return RUNS / f"{self.pretrained}{'' if steps is None else f'-{steps}-steps'}"
+        return PLACE.runs / f"{self.pretrained}{'' if steps is None else f'-{steps}-steps'}"
 
 
 TASKS = {
@@ -141,7 +149,7 @@ def main() -> int:
             # One task that fails is no reason to leave the other out.
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)
-    place = Place.of(args.steps)
+    place = PLACE.of(args.steps)
     write_page(place)
     print(f"written: {place.page}")
     return 1 if failed else 0
@@ -155,23 +163,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="a trial of so few steps, apart from the results")
     parser.add_argument("--page", action="store_true", help="train nothing, write the page")
     return parser.parse_args()
-
-
-def names_of(known: Mapping[str, object]) -> Any:
-    def read(text: str) -> list[str]:
-        found = text.split(",")
-        unknown = [name for name in found if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
-            )
-        return found
-
-    return read
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -255,7 +246,7 @@ class Plan:
     def folder(self, method: str, seed: int, rate: float, part: str) -> Path:
         """Of one run."""
         length = "" if self.steps is None else f"-{self.steps}-steps"
-        return RUNS / f"{self.name}{length}" / method / f"lr-{rate:g}" / f"{part}-{seed}"
+        return PLACE.runs / f"{self.name}{length}" / method / f"lr-{rate:g}" / f"{part}-{seed}"
 
     def train(self, method: str, seed: int, rate: float, part: str) -> Path:
         """Train one run unless it is done, and return its folder."""
@@ -345,30 +336,19 @@ def write_results(plan: Plan) -> None:
     folders = plan.done()
     if BASELINE not in folders:
         return
-    found = report({BASELINE: folders[BASELINE]} | folders, RUNS / plan.name)
-    place = Place.of(plan.steps)
+    found = report({BASELINE: folders[BASELINE]} | folders, PLACE.runs / plan.name)
+    place = PLACE.of(plan.steps)
     data = {
-        "machine": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "date": today(),
         "steps": plan.steps or plan.task.steps,
         "facts": facts(plan),
         "grids": plan.grids,
         "comparison": {**found.to_dict(), "out": None},
         "table": table(found, folders),
     }
-    place.results.mkdir(parents=True, exist_ok=True)
-    files.write(place.results / f"compare-{plan.name}.json", json.dumps(data, indent=1) + "\n")
-    together = [
-        Group(method, tuple(read_run(path) for path in paths.values()))
-        for method, paths in folders.items()
-    ]
-    place.images.mkdir(parents=True, exist_ok=True)
-    canvas.save(losses.curves(together), place.images / f"adapters-{plan.name}-losses.png")
+    write_json(place.results / f"compare-{plan.name}.json", data)
+    draw_losses(folders, place.images / f"adapters-{plan.name}-losses.png")
 
 
 def facts(plan: Plan) -> dict[str, Any]:
@@ -392,7 +372,7 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def table(found: Comparison, folders: Mapping[str, Mapping[int, Path]]) -> list[dict[str, str]]:
+def table(found: Comparison, folders: Folders) -> list[dict[str, str]]:
     """One line per method that was run, as text."""
     return [
         {
@@ -426,23 +406,6 @@ def trained(folder: Path) -> str:
     return "-"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where results go: those of a trial with few steps never into the documentation."""
-
-    results: Path
-    page: Path
-    images: Path
-
-    @classmethod
-    def of(cls, steps: int | None) -> Place:
-        """Where the results of runs with so many steps go; None for all of them."""
-        if steps is None:
-            return cls(RESULTS, PAGE, IMAGES)
-        trial = RUNS / "trial"
-        return cls(trial, trial / PAGE.name, trial / "images")
-
-
 def write_page(place: Place) -> None:
     """Write the page from the numbers that there are."""
     parts = [HEAD]
@@ -467,7 +430,7 @@ def section(name: str, task: Task, data: Mapping[str, Any], images: Path) -> Ite
         f"every linear layer of attention and MLP. Measured {data['date']} on {where['threads']} "
         f"of {where['cores']} CPU cores with torch {where['torch']}.\n"
     )
-    yield markdown(data["table"]) + "\n"
+    yield markdown(COLUMNS, data["table"], list(METHODS)) + "\n"
     yield verdict(data["comparison"]) + "\n"
     yield "Learning rates, and the loss on the validation part that each ended with:\n"
     for method, grid in data["grids"].items():
@@ -493,18 +456,6 @@ COLUMNS = {
     "seconds": "time per step",
     "time": "time per step / LoRA",
 }
-
-
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    by_name = {row["name"]: row for row in rows}
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
-    for method in METHODS:
-        row = by_name.get(method)
-        cells = [method, *["not run"] * (len(COLUMNS) - 1)]
-        if row is not None:
-            cells = [row[key] for key in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:

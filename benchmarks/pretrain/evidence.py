@@ -13,18 +13,29 @@ Runs stay in ``runs/evidence``, numbers go to ``benchmarks/pretrain/results``, a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from study import (
+    ROOT,
+    Folders,
+    Place,
+    busy,
+    draw_losses,
+    machine,
+    markdown,
+    names_of,
+    numbers,
+    today,
+    write_json,
+)
 
 import surgery
 from surgery.errors import SurgeryError
@@ -32,13 +43,9 @@ from surgery.table import human_count
 from surgery.train import apart
 from surgery.train.compare import Comparison, finished, report, train_once
 from surgery.train.config import PretrainConfig
-from surgery.train.views import Group, canvas, losses, matrices, read_run
+from surgery.train.views import canvas, matrices, read_run
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "runs" / "evidence"
-RESULTS = Path(__file__).parent / "results"
-PAGE = ROOT / "docs" / "pretraining-evidence.md"
-IMAGES = ROOT / "docs" / "images"
+PLACE = Place.named("evidence", __file__, "pretraining-evidence.md")
 
 #: The learning rate of the configuration times these.
 GRID = (1 / 3, 1.0, 3.0)
@@ -90,7 +97,7 @@ def main() -> int:
             # One model that fails is no reason to leave the others out.
             print(f"{name}: {error}", file=sys.stderr)
             failed.append(name)
-    place = Place.of(args.steps)
+    place = PLACE.of(args.steps)
     write_page(place)
     print(f"written: {place.page.relative_to(ROOT)}")
     return 1 if failed else 0
@@ -111,23 +118,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--page", action="store_true", help="train nothing, write the page")
     return parser.parse_args()
-
-
-def names_of(known: Mapping[str, object]) -> Any:
-    def read(text: str) -> list[str]:
-        found = text.split(",")
-        unknown = [name for name in found if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; known: {', '.join(known)}"
-            )
-        return found
-
-    return read
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -188,7 +178,7 @@ class Plan:
     def folder(self, variant: str, seed: int, rate: float) -> Path:
         """Of one run."""
         length = "" if self.steps is None else f"-{self.steps}-steps"
-        return RUNS / f"{self.name}{length}" / variant / f"lr-{rate:g}" / f"seed-{seed}"
+        return PLACE.runs / f"{self.name}{length}" / variant / f"lr-{rate:g}" / f"seed-{seed}"
 
     def train(self, variant: str, seed: int, rate: float) -> Path:
         """Train one run unless it is done, and return its folder."""
@@ -248,11 +238,11 @@ def write_results(plan: Plan) -> None:
     folders = plan.done()
     if BASELINE not in folders:
         return
-    found = report(folders, RUNS / plan.name)
+    found = report(folders, PLACE.runs / plan.name)
     config = configuration(plan.name, BASELINE, 0, plan.rate(BASELINE), plan.steps)
     data = {
         "machine": machine(),
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": today(),
         "config": EXPERIMENTS[plan.name].config,
         "parameters": parameters(config),
         "seen": seen(config),
@@ -261,37 +251,14 @@ def write_results(plan: Plan) -> None:
         "comparison": {**found.to_dict(), "out": None},
         "table": table(found),
     }
-    place = Place.of(plan.steps)
-    place.results.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=1) + "\n"
-    (place.results / f"evidence-{plan.name}.json").write_text(text)
+    place = PLACE.of(plan.steps)
+    write_json(place.results / f"evidence-{plan.name}.json", data)
     draw(plan.name, folders, place.images)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where results go: those of a trial with few steps never into the documentation."""
-
-    results: Path
-    page: Path
-    images: Path
-
-    @classmethod
-    def of(cls, steps: int | None) -> Place:
-        """Where the results of runs with so many steps go; None for all of them."""
-        if steps is None:
-            return cls(RESULTS, PAGE, IMAGES)
-        trial = RUNS / "trial"
-        return cls(trial, trial / PAGE.name, trial / "images")
-
-
-def draw(name: str, folders: Mapping[str, Mapping[int, Path]], images: Path) -> None:
+def draw(name: str, folders: Folders, images: Path) -> None:
     """Loss curves of all runs, and what ancre learned with the first seed."""
-    together = [
-        Group(variant, tuple(read_run(path) for path in paths.values()))
-        for variant, paths in folders.items()
-    ]
-    canvas.save(losses.curves(together), images / f"evidence-{name}-losses.png")
+    draw_losses(folders, images / f"evidence-{name}-losses.png")
     if "ancre" in folders:
         first = read_run(next(iter(folders["ancre"].values())))
         if first.frames:
@@ -311,15 +278,6 @@ def seen(config: PretrainConfig) -> str:
     if data.kind == "text":
         return f"{human_count(samples * data.length)} tokens in samples of {data.length}"
     return f"{human_count(samples)} images"
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def table(found: Comparison) -> list[dict[str, str]]:
@@ -363,7 +321,7 @@ def section(name: str, data: Mapping[str, Any], images: Path) -> Iterator[str]:
         f"{steps} steps, {data['seen']} for every run. {rate_told(data)} Measured {data['date']} "
         f"on {where['cores']} CPU cores with torch {where['torch']}.\n"
     )
-    yield markdown(data["table"]) + "\n"
+    yield measured_table(data["table"]) + "\n"
     yield from missing(name, data["table"])
     yield per_seed(data["comparison"])
     yield from busy(data["comparison"])
@@ -409,17 +367,10 @@ COLUMNS = {
 }
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    by_name = {row["name"]: row for row in rows}
-    shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
-    lines = ["| " + " | ".join(COLUMNS[key] for key in shown) + " |", "|" + "---|" * len(shown)]
-    for variant in VARIANTS:
-        row = by_name.get(variant)
-        cells = [variant, *["not run"] * (len(shown) - 1)]
-        if row is not None:
-            cells = [row[key] for key in shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def measured_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """One line per variant, without the columns that nothing was measured of."""
+    shown = {key: head for key, head in COLUMNS.items() if any(row[key] != "-" for row in rows)}
+    return markdown(shown, rows, list(VARIANTS))
 
 
 def missing(name: str, rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
@@ -444,19 +395,6 @@ def per_seed(comparison: Mapping[str, Any]) -> str:
         told = ", ".join(f"{loss:.4g}{saved_told(saved, seed)}" for seed, loss in values.items())
         lines.append(f"- `{row['name']}`: {told or 'no finite loss'}")
     return "\n".join(lines) + "\n"
-
-
-def busy(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """Which times say little."""
-    count = sum("busy" in note for note in comparison["notes"])
-    runs = sum(
-        len(row["metrics"].get("loss", {"values": {}})["values"]) for row in comparison["rows"]
-    )
-    if count:
-        yield (
-            f"The machine had other work during {count} of these {runs} runs, so that the times "
-            "say little.\n"
-        )
 
 
 def saved_told(saved: Mapping[str, float | None], seed: str) -> str:
