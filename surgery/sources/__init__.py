@@ -6,7 +6,7 @@ Nothing here imports one of the libraries until a model of it is asked for.
 from __future__ import annotations
 
 from surgery.sources.examples import Example, infer_example, variants
-from surgery.sources.load import SOURCE_ATTRIBUTE, load
+from surgery.sources.load import SOURCE_ATTRIBUTE, load, skeleton
 from surgery.sources.provenance import describe, rebuild, why_undescribed
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "infer_example",
     "load",
     "rebuild",
+    "skeleton",
     "variants",
     "why_undescribed",
 ]

@@ -49,10 +49,13 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
             f"{store.label}: 'quantization_config' asks for a checkpoint that is already quantised",
             hint="load it with diffusers itself and pass the module to surgery.plan",
         )
-    if not request.pretrained or request.device.type == "meta":
-        return _construct(model_class, {**_arguments(raw), **request.config}, request), []
+    arguments = {**_arguments(raw), **request.config}
+    if not request.names_weights:
+        return _construct(model_class, arguments, request), []
     stem = "diffusion_pytorch_model"
     files = weights.find(store, safetensors=stem, pickled=stem, variant=request.variant)
+    if request.skeleton:
+        return _construct(model_class, arguments, request).eval(), files.fingerprints()
     if files.pickled:
         weights.read(files)  # refuses what weights_only does not accept, before diffusers opens it
     try:
@@ -101,16 +104,15 @@ def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def _construct(model_class: Any, config: Mapping[str, Any], request: Request) -> nn.Module:
-    place = torch.device("meta" if request.device.type == "meta" else "cpu")
     try:
-        with place:
+        with request.building():
             # from_config also translates what older versions of the library wrote.
             model = model_class.from_config({**config, "_class_name": model_class.__name__})
     except BUILD_ERRORS as error:
         raise SourceError(f"diffusers could not build {model_class.__name__}: {error}") from error
     if request.dtype is not None:
         nn.Module.to(model, dtype=request.dtype)
-    return model.to(request.device)
+    return request.placed(model)
 
 
 def _resolve(name: str, where: str) -> Any:

@@ -78,6 +78,34 @@ def load(
     return _recorded(model, parsed, request, library.LIBRARY, {"revision": None, "files": []})
 
 
+def skeleton(
+    folder: Path, *, dtype: torch.dtype | None, stored_dtype: torch.dtype | None
+) -> nn.Module:
+    """The model that ``load`` gives for a folder, without its weights.
+
+    Dtypes, ties, flags, buffers that no state dict holds and what is recorded of the source are
+    those of the loaded model; parameters and what else is saved with them have no values yet.
+
+    Args:
+        folder: A folder in the hub's layout, with its weight files.
+        dtype: As for ``load``.
+        stored_dtype: Floating dtype of the weights, for a configuration that does not say.
+
+    Raises:
+        SourceError: an unknown architecture.
+        CheckpointError: a weight file is missing or damaged.
+    """
+    request = Request(
+        config={},
+        pretrained=True,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        skeleton=True,
+        stored_dtype=stored_dtype,
+    )
+    return _load_saved(parse(folder), request)
+
+
 def _adapter(library: str) -> ModuleType:
     from surgery.sources import diffusers_models, timm_models, transformers_models
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from surgery.errors import SourceError
 from surgery.registry import suggest
+from surgery.sources.skeleton import parameters_on_meta
 
 # JSON has no infinity and no NaN; transformers tags them in the same way.
 _FLOAT = "__float__"
@@ -29,6 +32,9 @@ class Request:
         variant: Variant of the weight files, such as ``fp16``.
         allow_missing: Whether keys may keep their random initialisation.
         allow_unexpected: Whether keys of the checkpoint may have no place in the model.
+        skeleton: Whether the model gets no weights, on the meta device, but is otherwise as if it
+            had been loaded, with true buffers; ``device`` is the CPU then.
+        stored_dtype: Floating dtype of the checkpoint, for a skeleton.
     """
 
     config: dict[str, Any]
@@ -38,6 +44,28 @@ class Request:
     variant: str | None = None
     allow_missing: bool = False
     allow_unexpected: bool = False
+    skeleton: bool = False
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether the weight files of a saved model are looked for."""
+        return self.pretrained and self.device.type != "meta"
+
+    @contextmanager
+    def building(self) -> Generator[None]:
+        """Where tensors are while the model is built."""
+        place = torch.device("meta" if self.device.type == "meta" else "cpu")
+        with place:
+            if not self.skeleton:
+                yield
+                return
+            with parameters_on_meta():
+                yield
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """The model where it is to be; a skeleton is there already."""
+        return model if self.skeleton else model.to(self.device)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

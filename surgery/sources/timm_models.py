@@ -77,11 +77,13 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     settings = {**declared, **cast("dict[str, Any]", raw.get("model_args") or {})}
     cfg = _saved_cfg(name, raw)
     merged = replace(request, config={**settings, **request.config})
-    if not request.pretrained or request.device.type == "meta":
+    if not request.names_weights:
         return _create(name, merged, pretrained=False, pretrained_cfg=cfg), []
     files = weights.find(
         store, safetensors="model", pickled="pytorch_model", variant=request.variant
     )
+    if request.skeleton:
+        return _create(name, merged, pretrained=False, pretrained_cfg=cfg), files.fingerprints()
     if "num_classes" in cfg:
         _check_head(store.label, cfg["num_classes"], merged)
     model = _filled(name, merged, cfg, files, store.label)
@@ -182,9 +184,8 @@ def _create(
     for key in request.config:
         if key in _RESERVED:
             raise SourceError(f"config: {key!r} is not the architecture's", hint=_RESERVED[key])
-    where = torch.device("meta" if request.device.type == "meta" else "cpu")
     try:
-        with where:
+        with request.building():
             model = require(LIBRARY).create_model(
                 name, pretrained=pretrained, pretrained_cfg=pretrained_cfg, **request.config
             )
@@ -194,7 +195,8 @@ def _create(
 
 
 def _placed(model: nn.Module, request: Request) -> nn.Module:
-    return model.to(device=request.device, dtype=request.dtype)
+    cast_model = model if request.dtype is None else model.to(dtype=request.dtype)
+    return request.placed(cast_model)
 
 
 def _explained(name: str, error: Exception) -> SourceError:

@@ -15,7 +15,7 @@ from surgery.errors import CheckpointError, SourceError
 from surgery.registry import suggest
 from surgery.sources import weights
 from surgery.sources.libraries import BUILD_ERRORS, attributes, require, resolve_class
-from surgery.sources.request import Request
+from surgery.sources.request import Request, as_dtype
 from surgery.sources.store import Store
 
 LIBRARY = "transformers"
@@ -53,16 +53,21 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
         raw: The content of its ``config.json``.
         request: What was asked for.
     """
-    _refuse(raw, store.label)
+    # A skeleton has no weights that could be quantised: it is the model that was quantised.
+    ignored = {"quantization_config"} if request.skeleton else set[str]()
+    _refuse({key: value for key, value in raw.items() if key not in ignored}, store.label)
     config_class = _config_class(raw, store.label)
-    merged = _merged(_decoded(store), request.config, config_class)
+    decoded = {key: value for key, value in _decoded(store).items() if key not in ignored}
+    merged = _merged(decoded, request.config, config_class)
     model_class = _saved_class(merged, config_class, store.label)
     config = _configure(config_class, model_class, merged, request.config)
-    if not request.pretrained or request.device.type == "meta":
+    if not request.names_weights:
         return _construct(model_class, config, request), []
     files = weights.find(
         store, safetensors="model", pickled="pytorch_model", variant=request.variant
     )
+    if request.skeleton:
+        return _finished(_skeleton(model_class, config, request), store), files.fingerprints()
     model = _fill(model_class, config, weights.read(files), store, request)
     return model.to(request.device), files.fingerprints()
 
@@ -97,14 +102,26 @@ def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
 
 
 def _construct(model_class: Any, config: Any, request: Request) -> nn.Module:
-    place = torch.device("meta" if request.device.type == "meta" else "cpu")
     arguments = {} if request.dtype is None else {"dtype": request.dtype}
     try:
-        with place:
+        with request.building():
             model: nn.Module = model_class._from_config(config, **arguments)
     except BUILD_ERRORS as error:
         raise SourceError(f"{model_class.__name__} could not be built: {error}") from error
-    return model.to(request.device)
+    return request.placed(model)
+
+
+def _skeleton(model_class: Any, config: Any, request: Request) -> nn.Module:
+    """The model as ``from_pretrained`` would give it, in its dtypes and in eval mode."""
+    dtype = request.dtype or as_dtype(config.dtype) or request.stored_dtype
+    model = _construct(model_class, config, dataclasses.replace(request, dtype=dtype))
+    # Parts that from_pretrained keeps in float32, by patterns of their names.
+    for pattern, kept in cast("Any", model)._get_dtype_plan(dtype).items():
+        found = re.compile(pattern.replace("*", ".*"))
+        for name, parameter in model.named_parameters():
+            if found.search(name):
+                parameter.data = parameter.data.to(kept)
+    return model.eval()
 
 
 def _fill(
@@ -131,6 +148,11 @@ def _fill(
         allow_missing=request.allow_missing,
         allow_unexpected=request.allow_unexpected,
     )
+    return _finished(model, store)
+
+
+def _finished(model: Any, store: Store) -> nn.Module:
+    """What ``from_pretrained`` adds to a model from the folder beside the weights."""
     model.config.name_or_path = store.label
     model.name_or_path = store.label
     if model.can_generate() and store.get("generation_config.json") is not None:
