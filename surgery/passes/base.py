@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from surgery.capture.graft import check_graftable
+from surgery.errors import ModelStateError
 from surgery.record import Edit, Operation, Record
 from surgery.rules import Recipe, Where
 from surgery.select import Match, ModelMap, Site
@@ -142,6 +143,29 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Carry out one edit. Leaves the site as it was if it raises."""
+
+    def needs(self, edit: Edit) -> tuple[str, ...]:
+        """Names of the stock tensors whose values ``begin`` reads or changes."""
+        return ()
+
+    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
+        """Give what an edit inserted on the meta device the values that applying it gives.
+
+        What the edit ``needs`` has its values by then, other stock tensors may have none; the
+        edits of a model are begun in the order in which they were applied.
+
+        Returns:
+            The edit as it would have been planned with all values at hand.
+
+        Raises:
+            ModelStateError: a tensor it needs has no values, or does not suit the pass.
+        """
+        if not edit.adds:
+            return edit
+        raise ModelStateError(
+            f"what {self.name!r} inserts at {edit.site} cannot be given its values by itself",
+            hint="load the model's weights first, and apply the recipe to the loaded model",
+        )
 
     def state(self, model: nn.Module, edit: Edit, context: ApplyContext) -> dict[str, Any] | None:
         """What was switched at an edit's site since it was applied, JSON-able, or None.

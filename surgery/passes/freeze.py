@@ -98,6 +98,12 @@ class Freeze(Pass):
         segment.frozen = Fixed(_masked(weights, support), support)
         segment.frozen.train(segment.training)
 
+    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
+        """Compute the constants again, from coefficients that have their values now."""
+        _segment(model, edit).frozen = None
+        self.apply(model, edit, context)
+        return edit
+
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Let the coefficients be learned again, from where they are."""
         _segment(model, edit).frozen = None

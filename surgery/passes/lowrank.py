@@ -569,10 +569,7 @@ class LowRank(Pass):
         weight = own_parameters(uses[0].module).get(uses[0].hosting.parameter)
         starts_from_it = self.splits or self.kind.reads_weight
         if weight is not None and weight.is_meta and starts_from_it:
-            notes.append(
-                f"{self.method} starts from the weight, which is on the meta device: call "
-                "surgery.adapters.start(model) once its values are there"
-            )
+            notes.append(self._waiting)
         if len(uses) > 1:
             paths = " and ".join(_label(use) for use in uses)
             notes.append(f"{paths} share one weight: one adapter serves all, and the tie stays")
@@ -602,20 +599,33 @@ class LowRank(Pass):
             self._start(edit, made, weight, context)
         return whole(edit, made)
 
-    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
+    @property
+    def _waiting(self) -> str:
+        """What is noted of an edit whose weight has no values yet."""
+        return (
+            f"{self.method} starts from the weight, which is on the meta device: call "
+            "surgery.adapters.start(model) once its values are there"
+        )
+
+    def needs(self, edit: Edit) -> tuple[str, ...]:
+        """The weight, where the method reads or changes it."""
+        place = places_of(edit)[0]
+        return (joined(place.path, place.parameter),) if self._touches else ()
+
+    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
         """Give an adapter that was put in on the meta device its first values.
 
         Raises:
-            ModelStateError: the weight or the adapter is still on the meta device, or the weight
-                does not suit the method.
+            ModelStateError: the adapter is still on the meta device, or the weight that it starts
+                from, or that does not suit the method.
         """
         place = places_of(edit)[0]
         module = context.module(model, place.path)
         weight = own_parameters(module).get(place.parameter)
         bank = self.bank(model, edit, context)
         made = bank.adapters[self.adapter].methods
-        tensors = [*bank.adapters[self.adapter].parameters(), *([] if weight is None else [weight])]
-        if any(tensor.is_meta for tensor in tensors):
+        read = [] if weight is None or not self._touches else [weight]
+        if any(tensor.is_meta for tensor in (*bank.adapters[self.adapter].parameters(), *read)):
             raise ModelStateError(
                 f"{edit.site} is still on the meta device, so its adapter cannot start",
                 hint="call model.to_empty(device=...) and load the weights first",
@@ -628,6 +638,9 @@ class LowRank(Pass):
         if original is not None:
             bank.originals[self.adapter] = original
         bank.pending -= {self.adapter}
+        return dataclasses.replace(
+            edit, notes=tuple(note for note in edit.notes if note != self._waiting)
+        )
 
     def _start(
         self,

@@ -47,7 +47,7 @@ from surgery.residuals import Residual
 from surgery.rules import Where, invalid, options
 from surgery.select import Match, ModelMap, Site, Stack, stacks_meant
 from surgery.table import collapse
-from surgery.tree import children, joined
+from surgery.tree import children, joined, named_modules, own_buffers, own_parameters
 
 
 def _known_topology(name: str) -> str:
@@ -202,11 +202,7 @@ class Shortcuts(Pass):
         if segments is None:
             segments = Segments()
             segments.train(holder.training)
-        segment = self._segment(edit).train(holder.training)
-        if isinstance(segment, AcrossSegment):
-            name = joined(path, CHILD, edit.payload["number"])
-            segment.draw(lambda parameter: _seeded(context, f"{name}.{parameter}"))
-        segment.to(_device(holder))
+        segment = self._drawn(edit, context).train(holder.training).to(_device(holder))
         segments.add_module(edit.payload["number"], segment)
         mixin = holder_mixin(holder)
         if first:
@@ -307,6 +303,26 @@ class Shortcuts(Pass):
         state = f"{shapes[0]} to {shapes[-1]}, {cuts} cuts" if cuts else " and ".join(shapes)
         how = f"{self.topology}, {self.scope} {self.mode}, {self._start} start"
         return f"{how}, K={sites}, state {state}"
+
+    def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
+        """Give coefficients on the meta device the values they start with."""
+        holder = context.module(model, edit.payload["holder"])
+        present = cast("Segments", segments_of(holder)).__dict__["_modules"][edit.payload["number"]]
+        where = dict(named_modules(present))
+        for path, made in named_modules(self._drawn(edit, context)):
+            for name, parameter in own_parameters(made).items():
+                wanted = own_parameters(where[path])[name].requires_grad
+                where[path].__dict__["_parameters"][name] = parameter.requires_grad_(wanted)
+            where[path].__dict__["_buffers"].update(own_buffers(made))
+        return edit
+
+    def _drawn(self, edit: Edit, context: ApplyContext) -> Segment:
+        """The segment of an edit with its first values, on the CPU."""
+        segment = self._segment(edit)
+        if isinstance(segment, AcrossSegment):
+            name = joined(edit.payload["holder"], CHILD, edit.payload["number"])
+            segment.draw(lambda parameter: _seeded(context, f"{name}.{parameter}"))
+        return segment
 
     def _segment(self, edit: Edit) -> Segment:
         payload = edit.payload
