@@ -4,8 +4,7 @@ The safetensors package takes and gives whole dictionaries. Here a file is writt
 where they lie and hashed on the way, so that saving holds no second copy of the model, and read
 into tensors that own aligned memory instead of views of a mapped file that may change later.
 
-Format: https://huggingface.co/docs/safetensors, an 8-byte little-endian length, a JSON header of
-that length, then the tensors' bytes back to back.
+The format, and what a header may say: ``surgery.untrusted.header``.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,42 +21,24 @@ import torch
 from torch import Tensor
 
 from surgery.errors import CheckpointError
+from surgery.untrusted.header import DTYPES, WIDTHS, Slot, header_of, read_header
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-#: Bytes per element by the format's name of a dtype.
-WIDTHS = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+__all__ = [
+    "DTYPES",
+    "WIDTHS",
+    "Advance",
+    "Slot",
+    "as_bytes",
+    "contents",
+    "metadata",
+    "read",
+    "read_slot",
+    "write",
+]
+
 _CHUNK = 1 << 24
-_MAX_HEADER = 100_000_000  # the limit of the safetensors package
 
 Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies in a file: bytes ``start`` to ``end`` from the file's beginning."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 def write(path: Path, tensors: Sequence[tuple[str, Tensor]], advance: Advance) -> str:
@@ -97,30 +77,27 @@ def read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         names: What to read; all of them are in the file.
     """
     with path.open("rb") as file:
-        slots = _slots(path, file)
+        slots = header_of(path, file).slots
         for name in names:
-            yield name, _read_one(file, slots[name])
+            yield name, read_slot(path, file, slots[name])
 
 
 def contents(path: Path) -> dict[str, Slot]:
     """The tensors in a file by name, from its header.
 
     Raises:
-        CheckpointError: the file is truncated or is not a safetensors file.
+        CheckpointError: the file is missing, truncated, damaged, or is no safetensors file.
     """
-    with path.open("rb") as file:
-        return _slots(path, file)
+    return read_header(path).slots
 
 
-def metadata(path: Path) -> dict[str, object]:
+def metadata(path: Path) -> dict[str, str]:
     """The free text that the header of a file carries, by key; empty if it carries none.
 
     Raises:
-        CheckpointError: the file is truncated or is not a safetensors file.
+        CheckpointError: the file is missing, truncated, damaged, or is no safetensors file.
     """
-    with path.open("rb") as file:
-        found = _entries(path, file)[0].get("__metadata__")
-    return cast("dict[str, object]", found) if isinstance(found, dict) else {}
+    return read_header(path).metadata
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -155,74 +132,28 @@ def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_one(file: BinaryIO, slot: Slot) -> Tensor:
+def read_slot(path: Path, file: BinaryIO, slot: Slot) -> Tensor:
+    """One tensor of an open file, in memory of its own.
+
+    Args:
+        path: The file, for the message.
+        file: Open for reading; left behind the tensor.
+        slot: From the header of this file, so that its bytes are known to be there.
+
+    Raises:
+        CheckpointError: the file got shorter meanwhile.
+    """
     tensor = torch.empty(slot.shape, dtype=slot.dtype)
     file.seek(slot.start)
     for chunk in _chunks(_view(tensor)):
-        file.readinto(chunk)  # type: ignore[attr-defined]
+        _read_into(path, file, chunk)
     return tensor
 
 
-def _slots(path: Path, file: BinaryIO) -> dict[str, Slot]:
-    entries, start = _entries(path, file)
-    entries.pop("__metadata__", None)
-    slots = {name: _slot(path, name, entry, start) for name, entry in entries.items()}
-    _check_layout(path, slots, start, os.fstat(file.fileno()).st_size)
-    return slots
-
-
-def _entries(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """What the header says, and where the tensors begin."""
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
-        raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _MAX_HEADER:
-        raise CheckpointError(f"{path} is not a safetensors file: its header would be {length} B")
-    if 8 + length > size:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header ends at {8 + length}")
-    return _parse(path, file.read(length)), 8 + length
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        loaded: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
-    return cast("dict[str, Any]", loaded)
-
-
-def _slot(path: Path, name: str, entry: object, base: int) -> Slot:
-    try:
-        fields = cast("Mapping[str, Any]", entry)
-        shape = tuple(int(size) for size in fields["shape"])
-        start, end = (int(offset) for offset in fields["data_offsets"])
-        slot = Slot(_TORCH[fields["dtype"]], shape, base + start, base + end)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header of {name!r} is damaged: {error!r}") from None
-    if min(shape, default=0) < 0 or end - start != _nbytes(slot):
-        raise CheckpointError(
-            f"{path}: the header of {name!r} is damaged: {end - start} bytes for shape {shape}"
-        )
-    return slot
-
-
-def _nbytes(slot: Slot) -> int:
-    count = slot.dtype.itemsize
-    for size in slot.shape:
-        count *= size
-    return count
-
-
-def _check_layout(path: Path, slots: Mapping[str, Slot], base: int, size: int) -> None:
-    """Raise unless the tensors fill the file exactly, back to back."""
-    position = base
-    for slot in sorted(slots.values(), key=lambda each: (each.start, each.end)):
-        if slot.start != position:
-            raise CheckpointError(f"{path} is damaged: its tensors overlap or leave gaps")
-        position = slot.end
-    if position != size:
-        what = "truncated" if size < position else "damaged"
-        raise CheckpointError(f"{path} is {what}: {size} bytes, its header says {position}")
+def _read_into(path: Path, file: BinaryIO, buffer: memoryview) -> None:
+    filled: int = 0
+    while filled < len(buffer):
+        count = cast("Any", file).readinto(buffer[filled:])
+        if not count:
+            raise CheckpointError(f"{path} got shorter while it was read")
+        filled += count
