@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 import surgery
 from surgery import errors
-from surgery.cli import Kind, app
+from surgery.cli import app
+from surgery.cli.names import Kind
 from surgery.terminal import INTERNAL, INTERRUPTED, USAGE
 
 TINY = [

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from surgery import shipped
-from surgery.cli import app, configurations
+from surgery.cli import app
+from surgery.cli.training import configurations
 from surgery.terminal import USAGE
 from tests.train import tiny
 
