@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Timings, as_data, interleave, report, table
+from harness import as_data, both_clocks, report, table
 from torch import Tensor, nn
 
 import surgery
@@ -112,37 +112,6 @@ def ours(factors: list[Factors]) -> Callable[[], None]:
     return torch.no_grad()(lambda: rule.before(optimizer))
 
 
-class Clock:
-    """CPU seconds of cases that a harness times by the wall."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def timed(self, name: str, call: Callable[[], object]) -> Callable[[], None]:
-        """The call, noting its CPU seconds."""
-
-        def run() -> None:
-            start = time.process_time()
-            call()
-            self.seconds.setdefault(name, []).append(time.process_time() - start)
-
-        return run
-
-    def timings(self, rounds: int) -> Timings:
-        """Those of the last turns."""
-        return Timings({name: taken[-rounds:] for name, taken in self.seconds.items()})
-
-
-def measure(
-    cases: dict[str, Callable[[], object]], rounds: int, warmup: int, **options: Any
-) -> tuple[Timings, Timings]:
-    """Timings by the wall and by the CPU."""
-    clock = Clock()
-    timed = {name: clock.timed(name, call) for name, call in cases.items()}
-    wall = interleave(timed, rounds=rounds, warmup=warmup, **options)
-    return wall, clock.timings(rounds)
-
-
 def work(rounds: int) -> tuple[str, dict[str, Any]]:
     torch.manual_seed(0)
     factors = all_adapters(2.0)
@@ -159,7 +128,7 @@ def work(rounds: int) -> tuple[str, dict[str, Any]]:
         "authors' loop, float64": lambda each: authors_loop(each, torch.float64),
     }
     cases = {name: (lambda route=route: route(factors)) for name, route in routes.items()}
-    wall, cpu = measure(cases, rounds, 3, prepare=restore)
+    wall, cpu = both_clocks(cases, rounds=rounds, warmup=3, prepare=restore)
     rows, data = [], []
     for name, route in routes.items():
         error = worst_error(route)
@@ -237,7 +206,7 @@ class Step:
 
 def training(rounds: int) -> tuple[str, dict[str, Any]]:
     steps = {method: Step(method) for method in ("lora", "reflora", "reflora-s")}
-    wall, cpu = measure(dict(steps), rounds, 1)
+    wall, cpu = both_clocks(steps, rounds=rounds, warmup=1)
     rows, data = [], []
     for method, each in steps.items():
         own = sum(each.taken[-2 * rounds :]) / rounds if each.taken else 0.0

@@ -7,10 +7,12 @@ makes its page from those.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,10 @@ from typing import Any
 import torch
 
 from surgery import files
+from surgery.train import run as runs
+from surgery.train.engine import engine
+from surgery.train.logs import RunLog
+from surgery.train.loop import Loop
 from surgery.train.views import Group, canvas, losses, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +83,16 @@ class Place:
             return self
         trial = self.runs / "trial"
         return Place(self.runs, trial, trial / self.page.name, trial / "images")
+
+
+@contextlib.contextmanager
+def started(job: runs.Job[Any]) -> Iterator[Loop]:
+    """The loop of a run that stands before its first step, in a folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder, engine(job.config) as accelerator:
+        loop = runs.assembled(job, accelerator, job.data(), out=Path(folder))
+        with RunLog(Path(folder), tensorboard=False) as loop.log:
+            loop.start(0)
+            yield loop
 
 
 def machine() -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python benchmarks/adapters/compare.py                             # everything: about an hour
     python benchmarks/adapters/compare.py --only text --seeds 0,1     # a part of it
     python benchmarks/adapters/compare.py --steps 3                   # a trial, apart from results
+    python benchmarks/adapters/compare.py --times                     # time steps, methods in turns
     python benchmarks/adapters/compare.py --page                      # write the page anew
 
 ``text``: MiniLM learns which package of the standard library a docstring comes from.
@@ -15,11 +16,14 @@ those.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from harness import as_data, both_clocks
 from study import (
     ROOT,
     Folders,
@@ -36,6 +41,7 @@ from study import (
     markdown,
     names_of,
     numbers,
+    started,
     today,
     write_json,
 )
@@ -48,7 +54,8 @@ from surgery.train.compare import Comparison, finished, report, train_once
 from surgery.train.config import PretrainConfig
 from surgery.train.data.base import Samples
 from surgery.train.finetune.config import FinetuneConfig
-from surgery.train.finetune.run import finetune
+from surgery.train.finetune.run import Finetuning, finetune
+from surgery.train.loop import Loop
 from surgery.train.views import read_run
 
 PLACE = Place.named("adapters", __file__, "adapters-evidence.md")
@@ -60,6 +67,8 @@ STEP = 3.0
 MOST_TRIED = 5
 """Where the best is at the edge of the three tried first, the grid grows up to so many."""
 RANK = 8
+ROUNDS = 15
+"""Turns in which steps are timed."""
 BASELINE = "lora"
 #: The 100 steps of RefLoRA's default are more than a run has: both would be LoRA to the end.
 WARMUP = 5
@@ -142,9 +151,10 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(1)
     failed: list[str] = []
+    work = clock if args.times else measure
     for name in [] if args.page else args.only:
         try:
-            measure(name, args)
+            work(name, args)
         except SurgeryError as error:
             # One task that fails is no reason to leave the other out.
             print(f"{name}: {error}", file=sys.stderr)
@@ -161,6 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2, 3, 4], help="such as 0,1,2")
     parser.add_argument("--steps", type=int, help="a trial of so few steps, apart from the results")
+    parser.add_argument("--times", action="store_true", help="time steps instead, in turns")
     parser.add_argument("--page", action="store_true", help="train nothing, write the page")
     return parser.parse_args()
 
@@ -177,6 +188,36 @@ def measure(name: str, args: argparse.Namespace) -> None:
         for method in args.methods:
             plan.train(method, seed, plan.rate(method), "test")
             write_results(plan)
+
+
+def clock(name: str, args: argparse.Namespace) -> None:
+    """Time steps of all methods in turns, inside the trainer, with the middle learning rates."""
+    task = TASKS[name]
+    with ExitStack() as stack:
+        cases: dict[str, Callable[[], None]] = {}
+        for method, options in METHODS.items():
+            rate = task.rates[options is None]
+            config = configuration(task, method, seed=0, rate=rate, part="test", steps=args.steps)
+            loop = stack.enter_context(started(Finetuning(config)))
+            cases[method] = partial(advance, loop, itertools.count(1))
+        clocks = both_clocks(cases, rounds=ROUNDS, warmup=WARMUP + 1)
+    found = {
+        method: {
+            "seconds": clocks[0].median(method),
+            **{
+                each: as_data(timings.ratio(method, BASELINE))
+                for each, timings in zip(("wall", "cpu"), clocks, strict=True)
+            },
+        }
+        for method in METHODS
+    }
+    data = {"machine": machine(), "date": today(), "rounds": ROUNDS, "methods": found}
+    write_json(PLACE.of(args.steps).results / f"times-{name}.json", data)
+
+
+def advance(loop: Loop, numbers: Iterator[int]) -> None:
+    """Make the next step."""
+    loop.advance(next(numbers))
 
 
 @dataclass
@@ -382,8 +423,6 @@ def table(found: Comparison, folders: Folders) -> list[dict[str, str]]:
             "accuracy": percent(row.metrics.get("accuracy")),
             "loss": str(row.metrics.get("loss", "not finite")),
             "difference": "-" if row.difference is None else str(row.difference),
-            "seconds": "-" if row.seconds is None else f"{1000 * row.seconds.mean:.0f} ms",
-            "time": "1" if row.time is None else str(row.time),
             "lost": ", ".join(map(str, row.lost)),
         }
         for row in found.rows
@@ -411,16 +450,23 @@ def write_page(place: Place) -> None:
     parts = [HEAD]
     for name, task in TASKS.items():
         parts.append(f"## {task.title}\n")
-        path = place.results / f"compare-{name}.json"
+        path, times = (place.results / f"{kind}-{name}.json" for kind in ("compare", "times"))
         if path.is_file():
-            parts += section(name, task, json.loads(path.read_text()), place.images)
+            clocked = json.loads(times.read_text()) if times.is_file() else None
+            parts += section(name, task, json.loads(path.read_text()), clocked, place.images)
         else:
             parts.append(f"Not run yet: `python benchmarks/adapters/compare.py --only {name}`.\n")
     place.page.parent.mkdir(parents=True, exist_ok=True)
     files.write(place.page, "\n".join(parts).rstrip() + "\n")
 
 
-def section(name: str, task: Task, data: Mapping[str, Any], images: Path) -> Iterator[str]:
+def section(
+    name: str,
+    task: Task,
+    data: Mapping[str, Any],
+    times: Mapping[str, Any] | None,
+    images: Path,
+) -> Iterator[str]:
     """One task on the page."""
     where, facts = data["machine"], data["facts"]
     yield (
@@ -430,7 +476,7 @@ def section(name: str, task: Task, data: Mapping[str, Any], images: Path) -> Ite
         f"every linear layer of attention and MLP. Measured {data['date']} on {where['threads']} "
         f"of {where['cores']} CPU cores with torch {where['torch']}.\n"
     )
-    yield markdown(COLUMNS, data["table"], list(METHODS)) + "\n"
+    yield markdown(COLUMNS, timed(data["table"], times), list(METHODS)) + "\n"
     yield verdict(data["comparison"]) + "\n"
     yield "Learning rates, and the loss on the validation part that each ended with:\n"
     for method, grid in data["grids"].items():
@@ -441,9 +487,25 @@ def section(name: str, task: Task, data: Mapping[str, Any], images: Path) -> Ite
         edge = " (at the edge of the grid)" if grid["edge"] else ""
         yield f"- `{method}`: {grid['chosen']:g}{edge} of {tried}"
     yield ""
-    yield from (f"- {note}" for note in data["comparison"]["notes"] if "busy" in note)
     if (images / f"adapters-{name}-losses.png").is_file():
         yield f"\n![Loss curves.](images/adapters-{name}-losses.png)\n"
+
+
+def timed(
+    rows: Sequence[Mapping[str, str]], times: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    """The rows with what steps took, where that was measured."""
+    if times is None:
+        return [{**row, "seconds": "not timed", "time": "not timed"} for row in rows]
+    found = times["methods"]
+    return [
+        {
+            **row,
+            "seconds": f"{1000 * found[row['name']]['seconds']:.0f} ms",
+            "time": "{median:.2f} [{low:.2f}, {high:.2f}]".format_map(found[row["name"]]["wall"]),
+        }
+        for row in rows
+    ]
 
 
 COLUMNS = {
@@ -485,10 +547,14 @@ and no more. The figures of the papers are for models of billions of parameters.
 - **Learning rate.** Chosen for every method by itself, as the one that ends with the lowest loss on
   the validation part: three rates a factor of three apart, and up to two more where the best is at
   the edge. The search has a seed that no result comes from; the test part is never looked at in it.
-- **Results** are on the test part, mean ± standard deviation over seeds.
+- **Results** are on the test part, mean ± standard deviation over seeds. The seeds share that
+  part: how a method would do on other samples varies more than they show.
 - **Difference.** Test loss less LoRA's, seed by seed, with the 95% interval of the mean by
   Student's t. Where the interval holds zero, no difference was shown.
-- **Time** is the median over a run's steps, one thread; the ratio is taken seed by seed.
+- **Time** was measured apart from the results, with `--times`: steps of all methods in turns, in an
+  order drawn anew each turn, one thread. It is the median over the turns, and the median of each
+  turn's ratio to LoRA with its 95% interval. Other work kept the machine busy, which lengthens the
+  times and widens the intervals of the ratios.
 - **Options.** Each method's defaults (see [methods](methods.md)), but for the warm-up of RefLoRA
   and RefLoRA-S, which is 5 steps in place of 100: with 100 they would be LoRA for the whole run.
   Adapters are scaled by 1. `full` trains every parameter, the adapters' runs their factors and a

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,13 +33,12 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import Ratio, Timings, as_data, interleave, report, table
+from study import started
 
 from surgery import shipped
 from surgery.train import run as runs
 from surgery.train.config import PretrainConfig
 from surgery.train.data import open_data
-from surgery.train.engine import engine
-from surgery.train.logs import RunLog
 from surgery.train.loop import Loop
 from surgery.train.optimizers import Curve
 
@@ -142,13 +140,9 @@ class Waiting:
 
 @contextlib.contextmanager
 def ours(config: PretrainConfig) -> Iterator[tuple[Loop, Waiting]]:
-    with tempfile.TemporaryDirectory() as folder, engine(config) as accelerator:
-        job = runs.Pretraining(config)
-        loop = runs.assembled(job, accelerator, job.data(), out=Path(folder))
-        with RunLog(Path(folder), tensorboard=False) as loop.log:
-            loop.start(0)
-            loop._batches = waiting = Waiting(loop._batches)
-            yield loop, waiting
+    with started(runs.Pretraining(config)) as loop:
+        loop._batches = waiting = Waiting(loop._batches)
+        yield loop, waiting
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
