@@ -22,7 +22,7 @@ from surgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from surgery import adapters, capture
-    from surgery.checkpoints import restore, save
+    from surgery.checkpoints import KeyMap, keymap, restore, save
     from surgery.editing import undo
     from surgery.errors import (
         CaptureError,
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.editing": ("undo",),
-    "surgery.checkpoints": ("restore", "save"),
+    "surgery.checkpoints": ("KeyMap", "keymap", "restore", "save"),
     "surgery.errors": (
         "CaptureError",
         "CheckpointError",
@@ -128,6 +128,7 @@ __all__ = [
     "FinetuneConfig",
     "Freeze",
     "Inspection",
+    "KeyMap",
     "Layers",
     "LowRank",
     "ModelStateError",
@@ -154,6 +155,7 @@ __all__ = [
     "export",
     "finetune",
     "inspect",
+    "keymap",
     "load",
     "load_adapter",
     "parameter_groups",

@@ -174,6 +174,11 @@ class Record:
         """Every edit in force, in order."""
         return [edit for operation in self.operations for edit in operation.edits]
 
+    @property
+    def added(self) -> dict[str, str]:
+        """Name of every tensor that the edits in force added → id of the rule that did."""
+        return {name: edit.rule for edit in self.edits for name in edit.adds}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data with the format's version."""
         return {"format": FORMAT, "operations": [each.to_dict() for each in self.operations]}

@@ -1,6 +1,7 @@
 """Save rewritten models, and restore them without the original weights at hand."""
 
+from surgery.checkpoints.names import KeyMap, keymap
 from surgery.checkpoints.restoring import restore
 from surgery.checkpoints.saving import save
 
-__all__ = ["restore", "save"]
+__all__ = ["KeyMap", "keymap", "restore", "save"]
