@@ -45,7 +45,7 @@ from surgery.passes.hosts import (
 from surgery.passes.hosts import bank as hosts
 from surgery.passes.lowrank import LowRank
 from surgery.passes.stepping import prepare
-from surgery.record import Operation, Record, record_of
+from surgery.record import Operation, Record, rewritten
 from surgery.registry import suggest
 from surgery.tree import children, named_modules
 
@@ -196,7 +196,7 @@ def merge(
             the whole rewritten one, or a weight cannot be merged into (quantised, parametrised,
             without values). Nothing has changed then.
     """
-    root, record = _rewritten(model)
+    root, record = rewritten(model)
     carriers = _carriers(root)
     _refuse_merged(carrier.bank for carrier in carriers)
     wanted = None if choice is None else _mix(root, choice)
@@ -226,7 +226,7 @@ def unmerge(model: nn.Module) -> None:
         ModelStateError: nothing is merged, the model is not the whole rewritten one, or rows were
             scaled and no copy was kept: by zero, or by factors that were not saved.
     """
-    root, record = _rewritten(model)
+    root, record = rewritten(model)
     carriers = [carrier for carrier in _carriers(root) if carrier.bank.merged is not None]
     if not carriers:
         raise ModelStateError(
@@ -272,7 +272,7 @@ def start(model: nn.Module) -> None:
     Raises:
         ModelStateError: no adapter waits for its values, or something is still on the meta device.
     """
-    root, record = _rewritten(model)
+    root, record = rewritten(model)
     waiting = 0
     for operation in record.operations:
         passes = passes_of(operation)
@@ -309,7 +309,7 @@ def to_lora(model: nn.Module, name: str | None = None) -> nn.Module:
             while it was trained (ScaLoRA), an original weight is gone (``keep_base: none``), or
             adapters are merged. Nothing has changed then.
     """
-    root, record = _rewritten(model)
+    root, record = rewritten(model)
     if name is not None:
         _mix(root, name)
     for bank in _banks(root):
@@ -406,18 +406,6 @@ def _refuse_partial(banks: Iterable[Bank], mix: Mix) -> None:
                     f"switched off, exchanged or mixed with a share of {shares.get(name, 0.0):g}",
                     hint="for the model without it, call surgery.undo on a copy",
                 )
-
-
-def _rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
-    """The rewritten model in a model or wrapper, with its edit log."""
-    for _, module in named_modules(model, duplicates=False):
-        record = record_of(module)
-        if record is not None:
-            return module, record
-    raise ModelStateError(
-        f"this {type(model).__name__} carries no edit log",
-        hint="pass the whole model that surgery.apply was given",
-    )
 
 
 def _free_key(kept: Mapping[str, Tensor], name: str) -> str:

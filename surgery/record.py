@@ -13,7 +13,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, ModelStateError
+from surgery.tree import named_modules, named_parameters
 
 FORMAT = 1
 ATTRIBUTE = "_surgery_record"
@@ -207,9 +208,36 @@ def record_of(model: nn.Module) -> Record | None:
     return cast("Record | None", model.__dict__.get(ATTRIBUTE))
 
 
+def rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
+    """The rewritten model in a model or in what wraps it, with its edit log.
+
+    Raises:
+        ModelStateError: no module of it carries an edit log.
+    """
+    for _, module in named_modules(model, duplicates=False):
+        record = record_of(module)
+        if record is not None:
+            return module, record
+    raise ModelStateError(
+        f"this {type(model).__name__} carries no edit log",
+        hint="pass the whole model that surgery.apply was given, or what wraps it",
+    )
+
+
 def set_record(model: nn.Module, record: Record | None) -> None:
     """Put an edit log on a model; None, or one without operations, removes it."""
     if record is None or not record.operations:
         model.__dict__.pop(ATTRIBUTE, None)
         return
     model.__dict__[ATTRIBUTE] = record
+
+
+def added_names(model: nn.Module) -> dict[str, str]:
+    """Every name of what rewrites added, further ones of tied tensors included → the rule's id."""
+    rules = (record_of(model) or Record()).added
+    if not rules:
+        return {}
+    parameters = dict(named_parameters(model))
+    by_id = {id(parameters[name]): rule for name, rule in rules.items() if name in parameters}
+    tied = {name: by_id[id(each)] for name, each in parameters.items() if id(each) in by_id}
+    return {**rules, **tied}

@@ -19,7 +19,7 @@ from surgery.passes.base import passes_of
 from surgery.passes.hosts import CHILD, Bank, Banks
 from surgery.passes.hosts.folding import Fold
 from surgery.passes.lowrank import LowRank
-from surgery.record import Record, record_of
+from surgery.record import Record, rewritten
 from surgery.registry import STEP_RULES
 from surgery.tree import children, named_modules
 
@@ -140,7 +140,7 @@ def _step_options(method: Method, rule: type[StepRule]) -> dict[str, Any]:
 
 def _found(model: nn.Module) -> Iterator[_Found]:
     """Every method with a step rule, once, in module order."""
-    root, record = _rewritten(model)
+    root, record = rewritten(model)
     copies = _copies(record)
     seen: set[int] = set()
     for path, module, bank in _banks(root):
@@ -192,17 +192,6 @@ def _copies(record: Record) -> dict[tuple[str, str], dict[str, Tensor] | None]:
                 kept = operation.kept if made.keep_base == "memory" else None
                 found.update({(thing, made.adapter): kept for thing in edit.uses})
     return found
-
-
-def _rewritten(model: nn.Module) -> tuple[nn.Module, Record]:
-    for _, module in named_modules(model, duplicates=False):
-        record = record_of(module)
-        if record is not None:
-            return module, record
-    raise ModelStateError(
-        f"this {type(model).__name__} carries no edit log",
-        hint="pass the whole model that surgery.apply was given, or what wraps it",
-    )
 
 
 def _torch_optimizer(optimizer: Optimizer) -> Optimizer:
