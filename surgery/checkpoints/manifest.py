@@ -6,16 +6,20 @@ import json
 import os
 import re
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from surgery import progress
 from surgery.errors import CheckpointError
+from surgery.version import __version__
 
 FORMAT = 1
 NAME = "surgery.json"
+_LIBRARIES = ("timm", "transformers", "diffusers")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _MAX_BYTES = 1 << 30
 _CHUNK = 1 << 22
@@ -75,6 +79,7 @@ class Manifest(_Part):
         otherwise: Paths of the modules whose training flag differs from the root's.
         record: The edit log.
         base: Only for an adapter.
+        origin: Only for a folder of ``surgery.convert``: the files it was made of.
     """
 
     format: Literal[1] = FORMAT
@@ -93,6 +98,16 @@ class Manifest(_Part):
     otherwise: list[str] = []
     record: dict[str, Any] | None
     base: Base | None = None
+    origin: dict[str, FileEntry] | None = None
+
+
+def versions(cls: type) -> dict[str, str]:
+    """What a model of a class was written with: this library, torch and the model's library."""
+    found = {"surgery": __version__, "torch": str(torch.__version__)}
+    library = cls.__module__.partition(".")[0]
+    if library in _LIBRARIES:
+        found[library] = version(library)
+    return found
 
 
 def dump(manifest: Manifest) -> str:

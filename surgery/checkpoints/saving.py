@@ -8,11 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from surgery import progress
@@ -28,10 +26,8 @@ from surgery.rules import Recipe
 from surgery.save_guard import not_baked
 from surgery.sources import describe
 from surgery.tree import named_modules, named_parameters
-from surgery.version import __version__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_LIBRARIES = ("timm", "transformers", "diffusers")
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -219,7 +215,7 @@ def _manifest(
     known = {*entries.state, *content.ties}
     return Manifest(
         kind="model" if content.base is None else "adapter",
-        versions=_versions(cls),
+        versions=manifest.versions(cls),
         model_class=f"{cls.__module__}.{cls.__qualname__}",
         source=describe(model),
         generation=generation.describe(model),
@@ -234,14 +230,6 @@ def _manifest(
         record=record.to_dict() if record.operations else None,
         base=None if content.base is None else Base(tensors=content.base),
     )
-
-
-def _versions(cls: type) -> dict[str, str]:
-    found = {"surgery": __version__, "torch": str(torch.__version__)}
-    library = cls.__module__.partition(".")[0]
-    if library in _LIBRARIES:
-        found[library] = version(library)
-    return found
 
 
 def _bytes(size: int | str) -> int:

@@ -8,16 +8,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from surgery import files, progress
 from surgery.capture.graft import stock_class
-from surgery.checkpoints import base_weights
+from surgery.checkpoints import base_weights, manifest
 from surgery.checkpoints.inventory import take
 from surgery.checkpoints.swap import replacing
 from surgery.copies import is_sharded, sharing
@@ -33,12 +31,9 @@ from surgery.sources import Example, describe, infer_example
 from surgery.table import human_bytes, render
 from surgery.tree import named_parameters
 from surgery.verification.outputs import not_finite
-from surgery.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_LIBRARIES = ("timm", "transformers", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -275,7 +270,7 @@ def _provenance(
     return Provenance(
         export=writer.name,
         options=_options(writer),
-        versions={**_versions(cls), **writer.versions()},
+        versions={**manifest.versions(cls), **writer.versions()},
         model_class=f"{cls.__module__}.{cls.__qualname__}",
         source=describe(model),
         recipes=[operation.recipe for operation in operations],
@@ -288,11 +283,3 @@ def _provenance(
 def _options(writer: Format) -> dict[str, Any]:
     data = dataclasses.asdict(writer) if dataclasses.is_dataclass(writer) else {}
     return json.loads(json.dumps(data))
-
-
-def _versions(cls: type) -> dict[str, str]:
-    found = {"surgery": __version__, "torch": str(torch.__version__)}
-    library = cls.__module__.partition(".")[0]
-    if library in _LIBRARIES:
-        found[library] = version(library)
-    return found
