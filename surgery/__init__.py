@@ -22,7 +22,15 @@ from surgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from surgery import adapters, capture
-    from surgery.checkpoints import KeyMap, keymap, restore, save
+    from surgery.checkpoints import (
+        KeyMap,
+        keymap,
+        load_weights,
+        materialize,
+        restore,
+        save,
+        stock_weights,
+    )
     from surgery.editing import undo
     from surgery.errors import (
         CaptureError,
@@ -68,7 +76,15 @@ if TYPE_CHECKING:
 
 _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.editing": ("undo",),
-    "surgery.checkpoints": ("KeyMap", "keymap", "restore", "save"),
+    "surgery.checkpoints": (
+        "KeyMap",
+        "keymap",
+        "load_weights",
+        "materialize",
+        "restore",
+        "save",
+        "stock_weights",
+    ),
     "surgery.errors": (
         "CaptureError",
         "CheckpointError",
@@ -158,12 +174,15 @@ __all__ = [
     "keymap",
     "load",
     "load_adapter",
+    "load_weights",
+    "materialize",
     "parameter_groups",
     "plan",
     "pretrain",
     "restore",
     "save",
     "shortcuts",
+    "stock_weights",
     "undo",
     "verify",
 ]

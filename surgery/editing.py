@@ -91,6 +91,22 @@ def settle(model: nn.Module) -> None:
             passes[edit.rule].settle(model, edit, context)
 
 
+def begin(model: nn.Module) -> None:
+    """Give what was inserted on the meta device its first values; stock tensors have theirs.
+
+    They are those that applying the recipes to the loaded model would have given.
+
+    Raises:
+        ModelStateError: an edit's values cannot be made, or a tensor that it needs has none.
+    """
+    for operation in (record_of(model) or Record()).operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        operation.edits = [
+            passes[edit.rule].begin(model, edit, context) for edit in operation.edits
+        ]
+
+
 def originals(model: nn.Module, record: Record) -> dict[str, Tensor]:
     """Stock tensors as they were before any edit, of those that the log keeps no copy of."""
     found: dict[str, Tensor] = {}
@@ -206,7 +222,7 @@ def _freeze(
 ) -> None:
     """Turn gradients off where a pass wants it, and log which were on."""
     earlier = record_of(model) or Record()
-    created = {name for edit in (*earlier.edits, *operation.edits) for name in edit.adds}
+    created = {*earlier.added, *Record([operation]).added}
     parameters = dict(named_parameters(model))
     wanted: dict[str, None] = {}
     for rule, made in passes.items():

@@ -343,7 +343,7 @@ def _named(rule: Rule, call: Callable[[], T]) -> T:
 def _totals(model: nn.Module, edits: Sequence[Edit], passes: Mapping[str, Pass]) -> Totals:
     added = {name: spec for edit in edits for name, spec in edit.adds.items()}
     record = record_of(model) or Record()
-    created = {name for edit in (*record.edits, *edits) for name in edit.adds}
+    created = {*record.added, *(name for edit in edits for name in edit.adds)}
     frozen: set[str] = set()
     for rule, made in passes.items():
         own = [edit for edit in edits if edit.rule == rule]

@@ -17,8 +17,8 @@ from torch import nn
 from surgery.capture.graft import check_graftable, graft, grafts, stock_class, ungraft
 from surgery.errors import ExportError
 from surgery.passes.base import ApplyContext, passes_of
-from surgery.record import Edit, Record, record_of
-from surgery.tree import named_modules, named_parameters
+from surgery.record import Edit, Record, added_names, record_of
+from surgery.tree import named_modules
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -46,7 +46,7 @@ class GuardedModel(_Module):
                 "format=...) writes them for others; or merge the adapters into the weights, or "
                 "undo the rewrites, and call save_pretrained again",
             )
-        added = _added_names(self, record)
+        added = added_names(self)
 
         def leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
             for name in added:
@@ -117,11 +117,3 @@ def not_baked(model: nn.Module, record: Record) -> list[Edit]:
 @cache
 def _publishes(cls: type) -> bool:
     return any("save_pretrained" in vars(parent) for parent in cls.__mro__)
-
-
-def _added_names(model: nn.Module, record: Record) -> list[str]:
-    """Every name, those of tied weights included, of the tensors that edits added."""
-    added = {name for edit in record.edits for name in edit.adds}
-    parameters = dict(named_parameters(model))
-    ids = {id(parameters[name]) for name in added if name in parameters}
-    return [*added, *(name for name, tensor in parameters.items() if id(tensor) in ids)]

@@ -9,7 +9,7 @@ model. Saving, restoring, loading, converting and undoing look names up here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from surgery.checkpoints.inventory import Inventory, take
 from surgery.checkpoints.sharded import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError
-from surgery.record import Record, record_of
+from surgery.record import added_names
 from surgery.sources.links import Link, linked, published
 from surgery.table import render
-from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,6 +57,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Mismatch:
+    """A stock tensor that the checkpoint has in another shape.
+
+    Attributes:
+        name: The stock tensor.
+        keys: The keys it would be made of.
+        found: The shape they give, or why they give none.
+        expected: The shape in the model.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    found: str
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class KeyMap:
     """The names of a model's tensors. ``print(keymap)`` shows them as a table.
 
@@ -67,6 +83,8 @@ class KeyMap:
             together.
         unknown: Keys of the checkpoint that the model has no place for.
         ignored: Keys that the model's library leaves out on purpose.
+        optional: Names that the model's library does not miss in a checkpoint.
+        mismatched: Stock tensors whose shape in the checkpoint is another.
         label: What the keys are those of, for messages.
     """
 
@@ -74,8 +92,10 @@ class KeyMap:
     links: tuple[Link, ...]
     unknown: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
+    mismatched: tuple[Mismatch, ...] = ()
     label: str = "the published checkpoint"
-    _layout: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    _expected: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, repr=False)
 
     @cached_property
     def by_name(self) -> Mapping[str, Entry]:
@@ -119,7 +139,8 @@ class KeyMap:
     def missing(self) -> tuple[str, ...]:
         """Stock tensors that no key of the checkpoint leads to, by their first name."""
         filled = {self.first(name) for link in self.links for name in link.names}
-        return tuple(n for n in self.stock if n not in self.tied and n not in filled)
+        done = {*self.tied, *filled, *self.optional}
+        return tuple(name for name in self.stock if name not in done)
 
     def first(self, name: str) -> str:
         """The name under which a tensor that has several is stored."""
@@ -173,6 +194,8 @@ class KeyMap:
         problems: list[str] = []
         if self.missing and not allow_missing:
             problems.append(f"the model needs {_some(self._missing_keys())}, which is not there")
+        if self.mismatched:
+            problems.append(self._mismatch(self.mismatched[0]))
         if self.unknown and not allow_unexpected:
             problems.append(f"the model has no place for {_some(self.unknown)}")
         if problems:
@@ -226,8 +249,18 @@ class KeyMap:
 
     def _missing_keys(self) -> list[str]:
         """What the checkpoint lacks, by the keys that the library would publish it under."""
-        absent = [key for key in self._layout if key not in self.by_key]
-        return absent or list(self.missing)
+        expected = self._expected()
+        return [key for name in self.missing for key in expected.get(name, (name,))]
+
+    def _mismatch(self, odd: Mismatch) -> str:
+        more = f", and {len(self.mismatched) - 1} more differ" if len(self.mismatched) > 1 else ""
+        absent = set(self._expected().get(odd.name, ())).difference(odd.keys)
+        if len(odd.keys) > 1 and absent:
+            return f"{odd.name} needs {_some(sorted(absent))}, which is not there{more}"
+        return (
+            f"{odd.name} is made of {_some(odd.keys)} as {odd.found}, the model's is "
+            f"{odd.expected}{more}"
+        )
 
 
 def keymap(model: nn.Module, checkpoint: Published | None = None) -> KeyMap:
@@ -246,31 +279,47 @@ def keymap(model: nn.Module, checkpoint: Published | None = None) -> KeyMap:
     found = take(model)
     added = added_names(model)
     state = stock_state(found, added)
-    unique = {name: tensor for name, tensor in state.items() if name not in found.ties}
-    layout = published(model, unique)
-    keys = layout if checkpoint is None else shapes_of(checkpoint)
+
+    def layout() -> dict[str, Tensor]:
+        unique = {name: tensor for name, tensor in state.items() if name not in found.ties}
+        return published(model, unique)
+
+    def expected() -> dict[str, tuple[str, ...]]:
+        return _keys_by_name(linked(model, state, layout()).links)
+
+    keys = layout() if checkpoint is None else shapes_of(checkpoint)
     related = linked(model, state, keys)
     _check_links(related.links)
-    by_name = {name: link.keys for link in related.links for name in link.names}
     return KeyMap(
-        entries=tuple(_entries(found, added, by_name)),
+        entries=tuple(_entries(found, added, _keys_by_name(related.links))),
         links=related.links,
         unknown=related.unknown,
         ignored=related.ignored,
+        optional=related.optional,
+        mismatched=() if checkpoint is None else tuple(_mismatched(related.links, state, keys)),
         label=label_of(checkpoint),
-        _layout=layout,
+        _expected=expected,
     )
 
 
-def added_names(model: nn.Module) -> dict[str, str]:
-    """Every name, further ones of tied tensors included, that rewrites added → its rule's id."""
-    rules = (record_of(model) or Record()).added
-    if not rules:
-        return {}
-    parameters = dict(named_parameters(model))
-    by_id = {id(parameters[name]): rule for name, rule in rules.items() if name in parameters}
-    tied = {name: by_id[id(each)] for name, each in parameters.items() if id(each) in by_id}
-    return {**rules, **tied}
+def _keys_by_name(links: Iterable[Link]) -> dict[str, tuple[str, ...]]:
+    return {name: link.keys for link in links for name in link.names}
+
+
+def _mismatched(
+    links: Iterable[Link], state: Mapping[str, Tensor], keys: Mapping[str, Tensor]
+) -> Iterable[Mismatch]:
+    for link in links:
+        try:
+            made = link.load(keys)
+        except CheckpointError as error:
+            name = link.names[0]
+            yield Mismatch(name, link.keys, error.message, tuple(state[name].shape))
+            continue
+        for name, tensor in made.items():
+            if tensor.shape != state[name].shape:
+                found, expected = tuple(tensor.shape), tuple(state[name].shape)
+                yield Mismatch(name, link.keys, str(found), expected)
 
 
 def stock_state(found: Inventory, added: Mapping[str, str]) -> dict[str, Tensor]:

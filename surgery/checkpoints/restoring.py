@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from surgery import progress
 from surgery.checkpoints import base_weights, generation, manifest, tensorfile
-from surgery.checkpoints.inventory import Place, is_dense, places, take
+from surgery.checkpoints.inventory import is_dense, places, take
 from surgery.checkpoints.manifest import Manifest, TensorEntry
+from surgery.checkpoints.placing import fill, tie
 from surgery.checkpoints.swap import recover
 from surgery.editing import repeat, settle, undo
 from surgery.errors import CheckpointError, ModelStateError, SourceError
@@ -103,9 +104,8 @@ def _rebuild(path: Path, saved: Manifest, device: str | torch.device | None) -> 
 
 def _rewrite(path: Path, saved: Manifest, record: Record, model: nn.Module) -> None:
     """Repeat the edits; leave the model as it was if they, or the saved tensors, do not fit."""
-    inserted = {name for edit in record.edits for name in edit.adds}
     if saved.kind == "model":
-        _check_fit(path, _expected(saved, without=inserted), model)
+        _check_fit(path, _expected(saved, without=record.added), model)
     try:
         repeat(model, record, values_follow=True)
         _check_fit(path, _expected(saved, without=()), model, partial=saved.kind == "adapter")
@@ -188,11 +188,11 @@ def _load(path: Path, saved: Manifest, model: nn.Module) -> None:
     with progress.task("loading", total, "bytes") as task:
         for name, tensor in _tensors(path, wanted):
             task.advance(tensor.numel() * tensor.element_size())
-            _fill(where[name], tensor, used)
+            fill(where[name], tensor, used)
             used.add(id(where[name].tensor))
     for alias, name in saved.ties.items():
         if alias in where and name in where:
-            _tie(where[alias], where[name])
+            tie(where[alias], where[name])
 
 
 def _check_headers(path: Path, saved: Manifest) -> None:
@@ -232,33 +232,6 @@ def _tensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[s
 
 def _nbytes(entry: TensorEntry) -> int:
     return math.prod(entry.shape) * tensorfile.WIDTHS[entry.dtype]
-
-
-def _fill(place: Place, tensor: Tensor, used: set[int]) -> None:
-    """Give the tensor at a place its saved value; the object stays the same where it can."""
-    present = place.tensor
-    if present.device.type == "meta" or id(present) in used:
-        device = "cpu" if present.device.type == "meta" else present.device
-        place.put(_like(present, tensor.to(device)))
-    elif present.dtype == tensor.dtype and present.stride() == tensor.stride():
-        present.data.copy_(tensor)
-    else:
-        present.data = tensor.to(present.device)
-
-
-def _like(present: Tensor, tensor: Tensor) -> Tensor:
-    if isinstance(present, nn.Parameter):
-        return nn.Parameter(tensor, requires_grad=present.requires_grad)
-    return tensor
-
-
-def _tie(alias: Place, stored: Place) -> None:
-    if alias.tensor is stored.tensor:
-        return
-    if alias.is_parameter == stored.is_parameter:
-        alias.put(stored.tensor)
-    else:
-        alias.put(_like(alias.tensor, stored.tensor.detach()))
 
 
 def _put_back(path: Path, saved: Manifest, record: Record, model: nn.Module) -> None:

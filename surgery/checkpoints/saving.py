@@ -21,7 +21,7 @@ from surgery.checkpoints.manifest import Base, FileEntry, Manifest, TensorEntry
 from surgery.checkpoints.swap import replacing
 from surgery.editing import bound, note_state, originals
 from surgery.errors import CheckpointError, ModelStateError
-from surgery.record import Record, record_of
+from surgery.record import Record, added_names, record_of
 from surgery.rules import Recipe
 from surgery.save_guard import not_baked
 from surgery.sources import describe
@@ -63,7 +63,7 @@ def save(
             sharded, quantised); nothing was changed then.
         ModelStateError: the model is a wrapper around the one that was rewritten.
     """
-    limit = _bytes(max_shard_size)
+    limit = size_of(max_shard_size)
     record = _record(model)
     note_state(model, record)
     content = _adapter(model, record) if adapter_only else _whole(model, record)
@@ -71,20 +71,20 @@ def save(
         check_storable(name, tensor)
     target = Path(folder)
     with replacing(target, manifest.check_replaceable) as work:
-        writer = _Writer(work)
+        writer = Writer(work)
         with progress.task("saving", content.nbytes(), "bytes") as task:
-            entries = _Entries(
+            entries = Entries(
                 writer.sharded(content.stem, list(content.state.items()), limit, task.advance),
                 writer.tensors("buffers", list(content.transient.items()), task.advance),
                 writer.tensors("kept", list(content.kept.items()), task.advance),
             )
         writer.recipes(record)
-        manifest.write(work, _manifest(model, record, content, entries, writer.files))
+        manifest.write(work, manifest_of(model, record, content, entries, files=writer.files))
     return target
 
 
 @dataclass
-class _Content:
+class Content:
     """What goes into the folder."""
 
     stem: str
@@ -105,7 +105,7 @@ class _Content:
 
 
 @dataclass(frozen=True)
-class _Entries:
+class Entries:
     """What was written where."""
 
     state: dict[str, TensorEntry]
@@ -126,7 +126,7 @@ def _record(model: nn.Module) -> Record:
     return Record()
 
 
-def _whole(model: nn.Module, record: Record) -> _Content:
+def _whole(model: nn.Module, record: Record) -> Content:
     _refuse_extra_state(model)
     found = take(model)
     kept = {
@@ -134,7 +134,7 @@ def _whole(model: nn.Module, record: Record) -> _Content:
         for index, operation in enumerate(record.operations)
         for name, tensor in operation.kept.items()
     }
-    return _Content("model", found.state, found.transient, kept, found.ties)
+    return Content("model", found.state, found.transient, kept, found.ties)
 
 
 def _refuse_extra_state(model: nn.Module) -> None:
@@ -146,7 +146,7 @@ def _refuse_extra_state(model: nn.Module) -> None:
             )
 
 
-def _adapter(model: nn.Module, record: Record) -> _Content:
+def _adapter(model: nn.Module, record: Record) -> Content:
     if not record.operations:
         raise CheckpointError(
             "nothing was inserted into this model, so there is no adapter to save",
@@ -162,10 +162,10 @@ def _adapter(model: nn.Module, record: Record) -> _Content:
     _refuse_baked(model, record)
     _refuse_bound(model, record)
     found = take(model)
-    inserted = inserted_names(record)
+    inserted = added_names(model)
     state = {name: tensor for name, tensor in found.state.items() if name in inserted}
     stock = base_weights.digests(stock_tensors(model, found, record))
-    return _Content("adapter", state, base=stock)
+    return Content("adapter", state, base=stock)
 
 
 def _refuse_baked(model: nn.Module, record: Record) -> None:
@@ -189,14 +189,9 @@ def _refuse_bound(model: nn.Module, record: Record) -> None:
         )
 
 
-def inserted_names(record: Record) -> set[str]:
-    """Names of every tensor that the edits in force added."""
-    return {name for edit in record.edits for name in edit.adds}
-
-
 def stock_tensors(model: nn.Module, found: Inventory, record: Record) -> dict[str, Tensor]:
     """The stock tensors of a rewritten model, as they were before any pass changed them."""
-    inserted = inserted_names(record)
+    inserted = added_names(model)
     stock = {name: tensor for name, tensor in found.state.items() if name not in inserted}
     for operation in reversed(record.operations):
         stock.update({name: kept for name, kept in operation.kept.items() if name in stock})
@@ -204,13 +199,25 @@ def stock_tensors(model: nn.Module, found: Inventory, record: Record) -> dict[st
     return stock
 
 
-def _manifest(
+def manifest_of(
     model: nn.Module,
     record: Record,
-    content: _Content,
-    entries: _Entries,
+    content: Content,
+    entries: Entries,
+    *,
     files: dict[str, FileEntry],
+    origin: dict[str, FileEntry] | None = None,
 ) -> Manifest:
+    """What ``surgery.json`` says of a folder.
+
+    Args:
+        model: The model whose tensors are in it; they may lie on the meta device.
+        record: Its edit log.
+        content: What it holds.
+        entries: Where that was written.
+        files: Every file that was written.
+        origin: The files of the checkpoint that it was converted from.
+    """
     cls = stock_class(model)
     known = {*entries.state, *content.ties}
     return Manifest(
@@ -229,10 +236,16 @@ def _manifest(
         otherwise=[path for path, m in named_modules(model) if m.training != model.training],
         record=record.to_dict() if record.operations else None,
         base=None if content.base is None else Base(tensors=content.base),
+        origin=origin,
     )
 
 
-def _bytes(size: int | str) -> int:
+def size_of(size: int | str) -> int:
+    """A number of bytes, given as such or as text.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     if isinstance(size, int) and size > 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(size).upper())
@@ -244,7 +257,7 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[unit])
 
 
-class _Writer:
+class Writer:
     """Writes the files of one folder and remembers them."""
 
     def __init__(self, folder: Path) -> None:
@@ -255,7 +268,7 @@ class _Writer:
         self, stem: str, tensors: Named, limit: int, advance: tensorfile.Advance
     ) -> dict[str, TensorEntry]:
         """One file, or several and the hub's index of them."""
-        shards = _shards(tensors, limit)
+        shards = shards_of(tensors, limit)
         if len(shards) == 1:
             return self.tensors(stem, tensors, advance, even_if_empty=True)
         entries: dict[str, TensorEntry] = {}
@@ -263,8 +276,7 @@ class _Writer:
             entries |= self.tensors(f"{stem}-{number:05d}-of-{len(shards):05d}", shard, advance)
         total = sum(_nbytes(tensor) for _, tensor in tensors)
         places = {name: entries[name].file for name, _ in tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        self.text(f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        self.text(f"{stem}.safetensors.index.json", index_of(total, places))
         return {name: entries[name] for name, _ in tensors}
 
     def tensors(
@@ -309,7 +321,18 @@ class _Writer:
         self.files[name] = FileEntry(bytes=size, sha256=digest)
 
 
-def _shards(tensors: Named, limit: int) -> list[Named]:
+def index_of(total: int, places: dict[str, str]) -> str:
+    """The text of the hub's index of a sharded checkpoint.
+
+    Args:
+        total: Bytes of all tensors.
+        places: Name of each tensor → the file it lies in.
+    """
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def shards_of(tensors: Named, limit: int) -> list[Named]:
     """Tensors in order, cut wherever the next one would pass the limit."""
     shards: list[list[tuple[str, Tensor]]] = [[]]
     filled = 0

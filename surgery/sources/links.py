@@ -106,11 +106,13 @@ class Links:
         links: One for every group of tensors that are converted together.
         unknown: Keys that lead to no tensor of the model.
         ignored: Keys that the library leaves out without a word, such as buffers of old versions.
+        optional: Names that the library does not miss, such as buffers that are always the same.
     """
 
     links: tuple[Link, ...]
     unknown: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
 
 
 def linked(model: nn.Module, stock: Tensors, published: Tensors) -> Links:

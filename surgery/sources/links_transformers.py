@@ -48,6 +48,7 @@ def linked(model: nn.Module, stock: Tensors, published: Tensors) -> Links:
         tuple(links),
         tuple(key for key in unknown if key not in ignored),
         tuple(key for key in unknown if key in ignored),
+        frozenset(resolver.optional()),
     )
 
 
@@ -112,13 +113,18 @@ class _Resolver:
 
     def ignores(self, key: str) -> bool:
         """Whether transformers leaves a key out on purpose."""
-        patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())
+        patterns: set[str] = set(self.model._keys_to_ignore_on_load_unexpected or ())
         buffers = [name for name, _ in self.model.named_buffers()]
         if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
             patterns.add(r"rotary_emb\.inv_freq")
         if any(name.endswith("position_ids") for name in buffers):
             patterns.add(r"(^|\.)position_ids$")
         return any(re.search(pattern, key) for pattern in patterns)
+
+    def optional(self) -> Iterable[str]:
+        """Names that transformers does not miss in a checkpoint."""
+        patterns: set[str] = set(self.model._keys_to_ignore_on_load_missing or ())
+        return (name for name in self.stock if any(re.search(p, name) for p in patterns))
 
     def _prefixed(self, name: str) -> str:
         """With the base model's prefix, or without, as this model has it."""

@@ -6,8 +6,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,10 @@ def why_undescribed(model: nn.Module) -> str | None:
 
 
 def rebuild(
-    description: Mapping[str, Any], *, device: str | torch.device | None = None
+    description: Mapping[str, Any],
+    *,
+    device: str | torch.device | None = None,
+    parameters: Literal["meta"] | None = None,
 ) -> nn.Module:
     """Build the model that ``describe`` described: class, keys, shapes, dtypes and all buffers.
 
@@ -73,6 +77,7 @@ def rebuild(
         description: From ``describe``; only classes that an installed library itself defines are
             ever resolved, so it may come from a file that was downloaded.
         device: Where the model is put; on "meta" nothing is allocated.
+        parameters: On "meta" parameters hold nothing, and buffers have their values all the same.
 
     Raises:
         SourceError: the description is malformed, asks for anything but a model class of the three
@@ -86,7 +91,7 @@ def rebuild(
     construction = torch.device("meta" if place.type == "meta" else "cpu")
     state = torch.random.get_rng_state()
     try:
-        with construction, _WithoutDraws():
+        with construction, _WithoutDraws(), _empty(parameters):
             model = _ADAPTERS[library].rebuild(checked, dtypes.default)
     finally:
         torch.random.set_rng_state(state)
@@ -108,7 +113,15 @@ def rebuild(
     origin = checked["source"]
     if origin is not None:
         model.__dict__[SOURCE_ATTRIBUTE] = json.loads(json.dumps(origin))
-    return nn.Module.to(model, place)
+    return model if parameters == "meta" else nn.Module.to(model, place)
+
+
+def _empty(parameters: Literal["meta"] | None) -> AbstractContextManager[object]:
+    if parameters is None:
+        return nullcontext()
+    from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
+
+    return init_empty_weights(include_buffers=False)
 
 
 class _Dtypes:
