@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -17,16 +13,12 @@ from surgery import adapters
 from surgery.errors import ExportError, ModelStateError
 from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
-from surgery.interchange.folder import CONFIG, PREFIX, WEIGHTS
-from surgery.interchange.layers import layers_of, the_adapter, why_not_low_rank
-from surgery.interchange.writing import in_peft
+from surgery.interchange.layers import the_adapter, why_not_low_rank
+from surgery.interchange.peft_folder import quiet, write_peft
 from surgery.record import Record, record_of
 from surgery.rules.strict import options
 from surgery.sources import Example
 from surgery.verification.baseline import undone
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 #: What libraries raise where they cannot load something, or run what they loaded.
 FAILURES = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -66,19 +58,7 @@ class Peft(Format):
 
     def write(self, model: nn.Module, work: Path, example: Example) -> None:
         """Write the configuration and the tensors."""
-        from peft import LoraConfig
-        from safetensors import torch as safetensors
-
-        name, share = the_adapter(model, self.adapter)
-        found = in_peft(model, layers_of(model, name, share), trained=self.trained)
-        config = LoraConfig(
-            **found.fields,
-            task_type=self.task or _task(model),
-            base_model_name_or_path=_base(model),
-        )
-        _write_config(config, work)
-        tensors = {PREFIX + key: tensor for key, tensor in found.tensors.items()}
-        cast("Any", safetensors).save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
+        write_peft(model, work, adapter=self.adapter, trained=self.trained, task=self.task)
 
     def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
         """Load it with PEFT beside the model as it was, and compare outputs."""
@@ -127,39 +107,3 @@ def _by_peft(model: nn.Module, folder: Path, example: Example) -> dict[str, Tens
             f"{type(error).__name__}: {error}",
             hint="leave that layer out of the adapter, or export with format='merged'",
         ) from error
-
-
-def _write_config(config: PeftConfig, work: Path) -> None:
-    """Write it as PEFT does, with the sets in it in order."""
-    with quiet():
-        cast("Any", config).save_pretrained(str(work))
-    path = work / CONFIG
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "target_parameters"):
-        if isinstance(data[key], list):
-            data[key] = sorted(data[key])
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """PEFT warns of what its users may not have meant, such as tied layers; here it is meant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _task(model: nn.Module) -> str | None:
-    """The task of a language model of transformers that generates."""
-    from transformers import GenerationMixin, PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-
-
-def _base(model: nn.Module) -> str | None:
-    """Where the stock model came from, as transformers remembers it."""
-    from transformers import PreTrainedModel
-
-    return (model.name_or_path or None) if isinstance(model, PreTrainedModel) else None

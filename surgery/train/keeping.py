@@ -63,6 +63,7 @@ class Changed(Kept):
     def __init__(self, loaded: nn.Module) -> None:
         parameters = dict(named_parameters(loaded))
         self._digests = base_weights.digests({name: p.data for name, p in parameters.items()})
+        self._buffers = base_weights.digests(_buffers(loaded))
 
     @property
     def origin(self) -> str | None:
@@ -79,6 +80,12 @@ class Changed(Kept):
         now = base_weights.digests({name: everything[name] for name in frozen})
         same = {name for name in frozen if now[name] == self._digests[name]}
         return {name: tensor for name, tensor in everything.items() if name not in same}
+
+    def moved_buffers(self, model: nn.Module) -> list[str]:
+        """Stock buffers that are not as they were loaded, such as running statistics."""
+        now = {n: buffer for n, buffer in _buffers(model).items() if n in self._buffers}
+        digests = base_weights.digests(now)
+        return [name for name in now if digests[name] != self._buffers[name]]
 
     def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put them back; what is not among them stays as it was loaded.
@@ -104,3 +111,10 @@ class Changed(Kept):
             for name, parameter in named_parameters(model)
             if name in self._digests and name in everything and not parameter.requires_grad
         ]
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those of the state dict."""
+    parameters = {name for name, _ in named_parameters(model)}
+    state: Mapping[str, Tensor] = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in parameters}

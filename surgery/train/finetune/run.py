@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from surgery import adapters, files
 from surgery.checkpoints import save
+from surgery.checkpoints.swap import replacing
+from surgery.errors import ExportError
+from surgery.interchange.layers import why_not_low_rank
+from surgery.interchange.peft_folder import write_peft
 from surgery.passes.lowrank import LowRank
 from surgery.record import record_of
+from surgery.sources.libraries import installed
 from surgery.table import human_count
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import with_tokenizer
@@ -42,8 +47,8 @@ def finetune(
     """Train a pretrained model: what its rules put in, a new head, or all of it.
 
     Works alone, under ``accelerate launch`` and under ``torchrun``. Beside what every run leaves,
-    the folder gets ``adapter/``, where the stock weights are as they were loaded, ``tokenizer/``
-    and ``classes.json``.
+    the folder gets ``adapter/``, what was trained without the rest of the model, ``tokenizer/`` and
+    ``classes.json``.
 
     Args:
         config: What is trained, on what, and how.
@@ -142,7 +147,11 @@ class Finetuning(Job["FinetuneConfig"]):
         return told
 
     def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
-        """Write the adapter alone where it fits, and what the classes are called."""
+        """Write what was trained, without the rest of the model, and what the classes are called.
+
+        An adapter beside stock weights that are as they were loaded is written as ``surgery.save``
+        does, one with a trained head or other trained stock weights as PEFT does.
+        """
         if data.facts.names is not None:
             files.write(out / CLASSES, json.dumps(list(data.facts.names), indent=1) + "\n")
         if record_of(model) is None:
@@ -151,19 +160,39 @@ class Finetuning(Job["FinetuneConfig"]):
         if not changed:
             save(model, out / ADAPTER, adapter_only=True)
             return None
-        return (
-            f"no {ADAPTER}/: an adapter alone would leave out {len(changed)} stock tensors that "
-            f"were trained or changed, such as {changed[0]}; {MODEL}/ has everything"
-        )
+        beside = f"{len(changed)} stock tensors that were trained or changed, such as {changed[0]}"
+        reason = self._for_peft(model, out / ADAPTER)
+        if reason is None:
+            return f"{ADAPTER}/ is an adapter of PEFT, with {beside}"
+        return f"no {ADAPTER}/: it would leave out {beside}; {reason}. {MODEL}/ has everything"
+
+    def _for_peft(self, model: nn.Module, folder: Path) -> str | None:
+        """Write an adapter of PEFT with the stock weights that were trained; or why not."""
+        loaded = None if self.built is None else self.built.loaded
+        moved = [] if loaded is None else loaded.moved_buffers(model)
+        if moved:
+            return f"{moved[0]} is no parameter, and moved while the model was trained"
+        if not installed("peft"):
+            return "peft, which would write it, is not installed"
+        misfit = why_not_low_rank(model)
+        if misfit is not None:
+            return misfit
+        try:
+            with replacing(folder, check=lambda _: None) as work:
+                write_peft(model, work)
+        except ExportError as error:
+            return error.message
+        return None
 
     def _changed(self, model: nn.Module) -> list[str]:
-        """Stock parameters that are not as they were loaded, or came with no weights."""
+        """Stock tensors that are not as they were loaded, or came with no weights."""
         record, built = record_of(model), self.built
         if record is None or built is None or built.loaded is None:
             return []
         added = {name for edit in record.edits for name in edit.adds}
         stock = {name for name, _ in named_parameters(model)} - added
-        return [name for name in built.loaded.state(model) if name in stock]
+        changed = [name for name in built.loaded.state(model) if name in stock]
+        return changed + built.loaded.moved_buffers(model)
 
 
 def _has_adapters(model: nn.Module) -> bool:

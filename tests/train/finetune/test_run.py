@@ -23,7 +23,10 @@ from tests.train.finetune import tiny
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("finetune")
+    """A folder with the tiny BERT and the table in ``parts``."""
+    folder = tmp_path_factory.mktemp("finetune")
+    tiny.classify(folder / "parts")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +154,95 @@ def test_an_adapter_alone_is_saved_where_the_stock_weights_are_as_loaded(place: 
     assert torch.equal(again.eval()(ids).logits, whole.eval()(ids).logits)
 
 
-def test_no_adapter_alone_where_a_head_was_trained(lora: Run):
-    assert not (lora.out / "adapter").exists()
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(5, 11).unsqueeze(0)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def with_stock_head(place: Path) -> nn.Module:
+    """What somebody without this library puts the adapter beside."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(99)
+    return AutoModelForSequenceClassification.from_pretrained(
+        place / "parts" / "bert", num_labels=len(tiny.KINDS)
+    )
+
+
+# PEFT asks transformers by a name that it will drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_trained_head_goes_into_the_adapter_that_peft_loads(lora: Run, place: Path):
+    from peft import PeftModel
+
+    whole = logits(surgery.restore(lora.model))
+    plain = with_stock_head(place)
+    assert not torch.allclose(logits(plain), whole, atol=1e-3)
+    theirs = PeftModel.from_pretrained(plain, str(lora.out / "adapter"))
+    # PEFT adds the branch to the base's output and we do too, in another order.
+    torch.testing.assert_close(logits(theirs), whole, rtol=0, atol=1e-6)
     told = [line["reason"] for line in pretraining.log(lora.out, "event")]
-    assert any(reason.startswith("no adapter/: ") for reason in told)
+    assert (
+        "adapter/ is an adapter of PEFT, with 2 stock tensors that were trained or changed, such "
+        "as classifier.weight"
+    ) in told
+
+
+def test_the_same_adapter_is_loaded_by_us(lora: Run, place: Path):
+    ours = surgery.load_adapter(with_stock_head(place), lora.out / "adapter")
+    torch.testing.assert_close(logits(ours), logits(surgery.restore(lora.model)), rtol=0, atol=1e-6)
+
+
+# PEFT asks transformers by a name that it will drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_start_that_changed_the_weights_is_converted_for_peft(place: Path):
+    from peft import PeftModel
+
+    config = tiny.classify(place / "parts", "train.steps=3", rules=tiny.lowrank("pissa"))
+    run = finetune(config, out=place / "pissa-for-peft")
+    theirs = PeftModel.from_pretrained(with_stock_head(place), str(run.out / "adapter"))
+    # W - B0 A0 + B A there, (W - B0 A0) + B A rounded twice here.
+    torch.testing.assert_close(
+        logits(theirs), logits(surgery.restore(run.model)), rtol=0, atol=1e-5
+    )
+
+
+def test_no_adapter_alone_where_the_weights_took_in_what_was_learned(place: Path):
+    config = tiny.classify(place / "parts", "train.steps=4", rules=tiny.lowrank("scalora"))
+    run = finetune(config, out=place / "scalora")
+    assert not (run.out / "adapter").exists()
+    (told,) = [
+        line["reason"]
+        for line in pretraining.log(run.out, "event")
+        if line["reason"].startswith("no adapter/: ")
+    ]
+    assert "of full rank" in told
+    assert told.endswith("model/ has everything")
+
+
+def test_no_adapter_alone_where_running_statistics_moved(tmp_path: Path):
+    """A ResNet's batch norms: beside the stock model the adapter would compute something else."""
+    rules = tiny.lowrank()
+    rules["rules"][0]["where"] = {"type": "Conv2d"}
+    config = tiny.changed(
+        {
+            "version": 1,
+            "model": {
+                "source": "timm:resnet10t",
+                "pretrained": False,
+                "config": {"in_chans": 1, "num_classes": 10},
+            },
+            "rules": rules,
+            "data": {"kind": "digits", "size": 32},
+            "objective": {"kind": "classification"},
+            **tiny.loop(),
+        },
+        ("train.steps=2", "evaluate.samples=16"),
+    )
+    run = finetune(config, out=tmp_path / "run")
+    assert not (run.out / "adapter").exists()
+    told = [line["reason"] for line in pretraining.log(run.out, "event")]
+    assert any("running_mean is no parameter, and moved" in reason for reason in told)
 
 
 def test_a_result_can_be_fine_tuned_further(lora: Run, place: Path):
