@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,28 @@ class Triple(NamedTuple):
     U: Tensor
     S: Tensor
     V: Tensor
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """How a method finds the singular vectors that it starts from.
+
+    Attributes:
+        svd: The ``exact`` decomposition, or a ``randomised`` one, which is much faster.
+        iterations: Most iterations of the randomised one.
+    """
+
+    svd: Literal["exact", "randomised"] = "exact"
+    iterations: int = 9
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be at least 0, got {self.iterations}")
+
+    def leading(self, weight: Tensor, rank: int, generator: torch.Generator | None) -> Triple:
+        """As the function ``leading``, which says what is raised, by the chosen algorithm."""
+        iterations = self.iterations if self.svd == "randomised" else None
+        return leading(weight, rank, iterations=iterations, generator=generator)
 
 
 def wide(weight: Tensor) -> Tensor:

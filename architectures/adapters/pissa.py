@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from architectures.adapters.base import Init
-from architectures.adapters.decompositions import leading
+from architectures.adapters.decompositions import Decomposition
 from architectures.adapters.lora import LoRA
 
 
@@ -23,22 +22,7 @@ class PiSSA(LoRA):
     The model computes at the start what it did before, up to the rounding of what is left.
     """
 
-    @dataclass(frozen=True)
-    class Options:
-        """How the singular vectors are found.
-
-        Attributes:
-            svd: The ``exact`` decomposition, or a ``randomised`` one, which is much faster.
-            iterations: Most iterations of the randomised one.
-        """
-
-        svd: Literal["exact", "randomised"] = "exact"
-        iterations: int = 9
-
-        def __post_init__(self) -> None:
-            if self.iterations < 0:
-                raise ValueError(f"iterations must be at least 0, got {self.iterations}")
-
+    Options: ClassVar[type] = Decomposition
     inits: ClassVar[tuple[Init, ...]] = ()
     changes_weight: ClassVar[bool] = True
 
@@ -51,8 +35,7 @@ class PiSSA(LoRA):
         """Decompose the weight; what is left of it."""
         if weight is None or weight.is_meta:
             return None
-        iterations = self.options.iterations if self.options.svd == "randomised" else None
-        U, S, V = leading(weight, self.rank, iterations=iterations, generator=generator)
+        U, S, V = self.options.leading(weight, self.rank, generator)
         root = (S / self.scaling).sqrt()
         self.lora_B.copy_(U * root.unsqueeze(-2))
         self.lora_A.copy_(root.unsqueeze(-1) * V)

@@ -13,19 +13,16 @@ from architectures.adapters.lora import LoRA, draw
 
 
 @dataclass(frozen=True)
-class Options:
-    """How RefLoRA starts and when it acts.
+class Schedule:
+    """At which steps factors are balanced.
 
     Attributes:
-        warmup: The number of first steps with plain gradients, in which B leaves zero.
-        interval: After those, every how many steps gradients are replaced.
-        re_init: Draw both factors at random, and take their product out of the weight, instead of
-            starting with B = 0. Meant for ``warmup: 0``.
+        warmup: The number of first steps that are left as they are, in which B leaves zero.
+        interval: After those, every how many steps the rule acts.
     """
 
     warmup: int = 100
     interval: int = 1
-    re_init: bool = False
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.interval < 1:
@@ -33,6 +30,18 @@ class Options:
                 "warmup must be 0 or more and interval 1 or more, got "
                 f"{self.warmup} and {self.interval}"
             )
+
+
+@dataclass(frozen=True)
+class Options(Schedule):
+    """How RefLoRA starts and when it acts.
+
+    Attributes:
+        re_init: Draw both factors at random, and take their product out of the weight, instead of
+            starting with B = 0. Meant for ``warmup: 0``.
+    """
+
+    re_init: bool = False
 
 
 class RefLoRA(LoRA):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from architectures.adapters.base import Init, Matrix, Method
-from architectures.adapters.decompositions import frobenius, leading
+from architectures.adapters.decompositions import Decomposition, frobenius
 
 
 class SORSA(Method):
@@ -29,24 +29,19 @@ class SORSA(Method):
     """
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(Decomposition):
         """The weight of the penalty, and how the singular vectors are found.
 
         Attributes:
             gamma: Factor of the penalty.
-            svd: The ``exact`` decomposition, or a ``randomised`` one, which is much faster.
-            iterations: Most iterations of the randomised one.
         """
 
         gamma: float = 4e-4
-        svd: Literal["exact", "randomised"] = "exact"
-        iterations: int = 9
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if not (math.isfinite(self.gamma) and self.gamma >= 0):
                 raise ValueError(f"gamma must be a number that is not negative, got {self.gamma}")
-            if self.iterations < 0:
-                raise ValueError(f"iterations must be at least 0, got {self.iterations}")
 
     inits: ClassVar[tuple[Init, ...]] = ()
     changes_weight: ClassVar[bool] = True
@@ -70,8 +65,7 @@ class SORSA(Method):
         """Decompose the weight; what is left of it."""
         if weight is None or weight.is_meta:
             return None
-        iterations = self.options.iterations if self.options.svd == "randomised" else None
-        U, S, V = leading(weight, self.rank, iterations=iterations, generator=generator)
+        U, S, V = self.options.leading(weight, self.rank, generator)
         self.lora_B.copy_(U)
         self.lora_S.copy_(S)
         self.lora_A.copy_(V)
