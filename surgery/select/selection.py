@@ -38,6 +38,12 @@ class Selection:
     warnings: tuple[str, ...]
     near: tuple[tuple[str, str], ...]
 
+    @property
+    def nearest(self) -> str:
+        """The near misses as the end of a message on one line; empty if there are none."""
+        misses = "; ".join(f"{path}: {why}" for path, why in self.near)
+        return f"; nearest: {misses}" if misses else ""
+
 
 def select(
     sites: ModelMap, where: Where | None, except_: Where | None, accepts: Accepts

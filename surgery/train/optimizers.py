@@ -187,10 +187,9 @@ def _targets(model: nn.Module, where: Where) -> set[int]:
     """The ids of the trainable matrices of the layers that are meant."""
     selection = select(ModelMap(model), where, None, _accepts)
     if not selection.matched:
-        near = "; ".join(f"{path}: {why}" for path, why in selection.near)
         raise NoMatch(
             f"optim.targets {where.dump()} selects no trainable matrix for galore"
-            + (f"; nearest: {near}" if near else ""),
+            f"{selection.nearest}",
             hint="name other targets, such as optim.targets: {type: Linear}, or use adamw",
         )
     return {id(site.weight) for site in selection.matched}

@@ -41,17 +41,10 @@ def write_facts(facts: Facts, folder: Path) -> None:
     tokenizer = facts.tokenizer
     if tokenizer is not None:
         tokenizer.save(folder / TOKENIZER)
-    stored = _Stored(
-        kind=facts.kind,
-        vocab_size=facts.vocab_size,
-        length=facts.length,
-        channels=facts.channels,
-        size=facts.size,
-        classes=facts.classes,
-        names=facts.names,
-        longest=facts.longest,
-        tokenizer=None if tokenizer is None else tokenizer.kind,
-    )
+    # All of them: a fact that ``_Stored`` does not know is refused rather than forgotten.
+    kind = None if tokenizer is None else tokenizer.kind
+    values: dict[str, Any] = {**vars(facts), "tokenizer": kind}
+    stored = _Stored(**values)
     files.write(folder / FILE, stored.model_dump_json(indent=1) + "\n")
 
 

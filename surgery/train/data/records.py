@@ -9,7 +9,6 @@ classes of very different sizes, held-out texts that occur in training) is said 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from surgery.errors import DataError
 from surgery.train.data.base import Batch, Data, Facts, Place, Samples, need, positions
 from surgery.train.data.configs import Columns, DocstringsData, HubData, RecordsData
+from surgery.train.data.libraries import require
 from surgery.train.data.tokenizer import Framed, Tokenizer, load_tokenizer
 from surgery.train.data.transforms import split
 
@@ -245,13 +245,7 @@ def _separated(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _dataset(config: HubData, part: str) -> _Table:
-    try:
-        load = importlib.import_module("datasets").load_dataset
-    except ModuleNotFoundError:
-        raise DataError(
-            "data of kind hub needs the package datasets, which is not installed",
-            hint="pip install 'model-surgery[train]'",
-        ) from None
+    load = require("datasets", "data of kind hub").load_dataset
     source = f"{config.path}{f' {config.name}' if config.name else ''} ({part})"
     try:
         loaded = load(config.path, config.name, split=part, revision=config.revision)
@@ -275,7 +269,7 @@ def _dataset(config: HubData, part: str) -> _Table:
 def _class_names(loaded: Any, label: str | None) -> list[str] | None:
     """The names of a column that the dataset itself declares as classes."""
     feature = loaded.features.get(label)
-    declares = isinstance(feature, importlib.import_module("datasets").ClassLabel)
+    declares = isinstance(feature, require("datasets", "data of kind hub").ClassLabel)
     return feature.names if declares else None
 
 

@@ -12,7 +12,6 @@ buffer, and the order would be another one. Without bookmarks everything is toke
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from surgery import progress
 from surgery.errors import DataError
 from surgery.train.data.base import Batch, Data, Facts, Samples, StreamSamples
 from surgery.train.data.configs import StreamData
+from surgery.train.data.libraries import require
 from surgery.train.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from surgery.train.data.tokens import cache_folder
 
@@ -115,13 +115,7 @@ class Documents:
             ) from error
 
     def _open(self) -> Any:
-        try:
-            load = importlib.import_module("datasets").load_dataset
-        except ModuleNotFoundError:
-            raise DataError(
-                "streams need the package datasets, which is not installed",
-                hint="pip install 'model-surgery[train]'",
-            ) from None
+        load = require("datasets", "streams come by datasets").load_dataset
         try:
             return load(
                 self.path, self.name, split=self.split, revision=self.revision, streaming=True

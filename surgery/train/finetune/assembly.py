@@ -74,10 +74,8 @@ def build(config: FinetuneConfig, data: Data) -> Built:
 def _unfreeze(model: nn.Module, where: Where) -> None:
     selection = select(ModelMap(model), where, None, _accepts)
     if not selection.matched:
-        near = "; ".join(f"{path}: {why}" for path, why in selection.near)
         raise NoMatch(
-            f"model.unfreeze {where.dump()} selects nothing"
-            + (f"; nearest: {near}" if near else ""),
+            f"model.unfreeze {where.dump()} selects nothing{selection.nearest}",
             hint="name modules that have parameters of their own, such as {role: norm}",
         )
     for site in selection.matched:
