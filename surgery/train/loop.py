@@ -213,16 +213,16 @@ class Loop:
         """This rank's parts of the next batch, and how much more than the mean part each counts.
 
         A mean over tokens is not the mean of the parts' means where parts have different numbers
-        of tokens. None where all parts count the same.
+        of tokens. None where all parts count the same, as the only one does.
         """
-        accumulate = self.config.train.accumulate
-        if not self.aim.weighed:
+        accumulate, ranks = self.config.train.accumulate, self.accelerator.num_processes
+        if not self.aim.weighed or accumulate * ranks == 1:
             for _ in range(accumulate):
                 yield next(self._batches), None
             return
         batches = [next(self._batches) for _ in range(accumulate)]
         weights = torch.stack([self.aim.weight(batch) for batch in batches]).double()
-        total, ranks = weights.sum(), self.accelerator.num_processes
+        total = weights.sum()
         if ranks > 1:
             total = self.accelerator.reduce(total, reduction="sum")
         share = weights * (accumulate * ranks / total.clamp(min=1))

@@ -15,7 +15,7 @@ from surgery.train.views import canvas, graph, losses, matrices, movie, sources
 from surgery.train.views.canvas import Figure, Format
 from surgery.train.views.equal import Saving, savings
 from surgery.train.views.movie import Animation
-from surgery.train.views.runs import Record, groups, read_run
+from surgery.train.views.runs import REWIRES_NOTHING, Record, groups, read_run
 
 if TYPE_CHECKING:
     from rich.console import Group as Renderables
@@ -89,9 +89,9 @@ def draw(
     _check(paths, threshold)
     records = [read_run(Path(path)) for path in paths]
     together = groups(records)
+    for record in records:
+        _tell(record)
     notes = tuple(f"{record.path}: {note}" for record in records for note in record.notes)
-    for note in notes:
-        logger.warning("%s", note)
     files: list[Path] = []
     for record in progress.track(records, "drawing"):
         files += _draw_run(record, _home(record, records, out), form, animation, threshold)
@@ -106,6 +106,13 @@ def _check(paths: Sequence[Path | str], threshold: float) -> None:
         raise TrainingError("no run was given", hint="name one run folder or several")
     if threshold < 0:
         raise TrainingError(f"the threshold of the graph is {threshold}, expected 0 or more")
+
+
+def _tell(record: Record) -> None:
+    """Log the notes of a run. That rules which rewire nothing left no matrix is no warning."""
+    for note in record.notes:
+        level = logging.INFO if note == REWIRES_NOTHING else logging.WARNING
+        logger.log(level, "%s: %s", record.path, note)
 
 
 def _home(record: Record, records: Sequence[Record], out: Path | None) -> Path:

@@ -22,6 +22,8 @@ from surgery.rules import yaml
 from surgery.train.views.canvas import Array
 
 CONFIG, LOG, MATRICES = "config.yaml", "log.jsonl", "matrices"
+REWIRES_NOTHING = "the run's rules rewire nothing: there is no matrix to draw"
+"""The note of a run that was never meant to have matrices."""
 _NO_METRIC = {"kind", "step", "tokens", "samples"}
 """What a line of an evaluation says beside what it measured."""
 _MOST_NOTED = 3
@@ -452,7 +454,7 @@ def _why_no_matrices(config: Mapping[str, Any] | None) -> str:
     if config is not None and config.get("rules") is None:
         return "the run has no rules, so no shortcuts: there is no matrix to draw"
     if config is not None and not _rewires(cast("Mapping[str, Any]", config["rules"])):
-        return "the run's rules rewire nothing: there is no matrix to draw"
+        return REWIRES_NOTHING
     if isinstance(log, Mapping) and cast("Mapping[str, Any]", log).get("matrices", 0) is None:
         return "log.matrices is null: no coefficient matrix was recorded"
     return "no coefficient matrix was recorded: the model has no shortcuts, or trained too briefly"

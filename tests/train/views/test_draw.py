@@ -60,6 +60,18 @@ def test_a_run_without_shortcuts_gets_its_losses_and_the_reason(
     assert "no rules" in caplog.text
 
 
+def test_rules_that_rewire_nothing_are_no_reason_to_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", {}, rules="lora")
+
+    with caplog.at_level(logging.WARNING):
+        found = draw([run])
+
+    assert "rewire nothing" in found.notes[0]
+    assert not caplog.records
+
+
 def test_several_runs_get_a_comparison_beside_them(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "out" / name / "seed-0", {}, name=name, floor=floor)
