@@ -67,6 +67,11 @@ def ancre() -> dict[str, Any]:
 
 def changed(data: dict[str, Any], overrides: Sequence[str]) -> PretrainConfig:
     """A configuration of plain data with ``section.key=JSON`` put in."""
+    return PretrainConfig.parse(overridden(data, overrides))
+
+
+def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain data with ``section.key=JSON`` put into it."""
     for override in overrides:
         key, _, value = override.partition("=")
         section, _, name = key.rpartition(".")
@@ -74,7 +79,7 @@ def changed(data: dict[str, Any], overrides: Sequence[str]) -> PretrainConfig:
         for step in filter(None, section.split(".")):
             place = place[step]
         place[name] = json.loads(value)
-    return PretrainConfig.parse(data)
+    return data
 
 
 def corpus(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from surgery.train.finetune.config import FinetuneConfig
+from tests.train.tiny import overridden
 
 WORDS = ("red", "green", "blue", "small", "large", "round", "flat", "old", "new", "dark", "pale")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -120,11 +121,4 @@ def loop() -> dict[str, Any]:
 
 def changed(data: dict[str, Any], overrides: tuple[str, ...]) -> FinetuneConfig:
     """A configuration of plain data with ``section.key=JSON`` put in."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, _, name = key.rpartition(".")
-        place = data
-        for step in filter(None, section.split(".")):
-            place = place[step]
-        place[name] = json.loads(value)
-    return FinetuneConfig.parse(data)
+    return FinetuneConfig.parse(overridden(data, overrides))
