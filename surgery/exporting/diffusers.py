@@ -17,7 +17,7 @@ from torch import nn
 
 from surgery.capture.graft import stock_class
 from surgery.exporting import remote
-from surgery.exporting.agreement import Agreement, agreement, outputs
+from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import rewrites_of
@@ -66,10 +66,8 @@ class Diffusers(Format):
         load = f"diffusers.AutoModel.from_pretrained(str(folder){remote_code})"
         dtype = str(next(model.parameters()).dtype)
         body = f"import diffusers\nmodel = {load}.to({dtype}).eval()"
-        found = apart.run(written, body, example)
         consumer = f"AutoModel.from_pretrained of diffusers {version('diffusers')}"
-        consumer += " in a process without this library"
-        return agreement(consumer, [("the example", outputs(model, example), found)])
+        return apart.agrees(consumer, written, body, model, example)
 
     def versions(self) -> dict[str, str]:
         """Of diffusers."""

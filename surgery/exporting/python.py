@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import nn
 
 from surgery.capture.graft import stock_class
-from surgery.exporting.agreement import Agreement, agreement, outputs
+from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import obstacle, rewrites_of
@@ -105,9 +105,7 @@ class Python(Format):
 
     def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
         """Load it in a process that cannot import this library."""
-        found = apart.run(written, _RUN, example)
-        consumer = f"{_FILE} in a process without this library"
-        return agreement(consumer, [("the example", outputs(model, example), found)])
+        return apart.agrees(_FILE, written, _RUN, model, example)
 
     def versions(self) -> dict[str, str]:
         """Of safetensors."""

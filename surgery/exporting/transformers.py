@@ -17,7 +17,7 @@ from torch import nn
 from surgery.capture.graft import stock_class
 from surgery.errors import ExportError
 from surgery.exporting import remote
-from surgery.exporting.agreement import Agreement, agreement, outputs
+from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import Rewrites, rewrites_of
@@ -78,10 +78,8 @@ class Transformers(Format):
             auto = stock_class(model).__name__
             load = f"transformers.{auto}.from_pretrained(folder)"
         body = f"import transformers\nmodel = {load}.eval()"
-        found = apart.run(written, body, example)
         consumer = f"{auto}.from_pretrained of transformers {version('transformers')}"
-        consumer += " in a process without this library"
-        return agreement(consumer, [("the example", outputs(model, example), found)])
+        return apart.agrees(consumer, written, body, model, example)
 
     def versions(self) -> dict[str, str]:
         """Of transformers."""

@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.errors import ExportError
-from surgery.exporting.agreement import floating
+from surgery.exporting.agreement import Agreement, agreement, floating, outputs
 from surgery.sources import Example
-from surgery.verification import outputs
+from surgery.verification import outputs as leaves_of_outputs
 
 _LINES = 15
 
@@ -40,6 +40,24 @@ torch.save(tensors, taken)
 """
 
 
+def agrees(consumer: str, folder: Path, body: str, model: nn.Module, example: Example) -> Agreement:
+    """Compare what an export returns in a process of its own with what the model returns.
+
+    Args:
+        consumer: What loads the export, with its version.
+        folder: The export, ``folder`` in ``body``.
+        body: Python that puts the loaded model into ``model``.
+        model: The model that was exported.
+        example: The call; what is in it besides tensors are plain values.
+
+    Raises:
+        ExportError: it cannot be loaded or called there.
+    """
+    found = run(folder, body, example)
+    told = f"{consumer} in a process without this library"
+    return agreement(told, [("the example", outputs(model, example), found)])
+
+
 def run(folder: Path, body: str, example: Example) -> dict[str, Tensor]:
     """Call a model that ``body`` loads and return its floating tensors by path.
 
@@ -58,7 +76,11 @@ def run(folder: Path, body: str, example: Example) -> dict[str, Tensor]:
         script = Path(scratch, "run.py")
         script.write_text(_SCRIPT.format(body=body), encoding="utf-8")
         done = subprocess.run(  # noqa: S603 - this Python, with a script written here
-            [sys.executable, str(script), *map(str, (folder, given, taken, outputs.__file__))],
+            [
+                sys.executable,
+                str(script),
+                *map(str, (folder, given, taken, leaves_of_outputs.__file__)),
+            ],
             capture_output=True,
             text=True,
             check=False,

@@ -6,11 +6,10 @@ what ``surgery.passes.streams`` computes, without its fused kernels and its chec
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from architectures.shortcuts.base import Topology
 from architectures.shortcuts.kernels.plain import combine
 from architectures.shortcuts.mixer import Mixer
+from surgery.passes.streams.ports import at, put
 
 _Holder = nn.Module if TYPE_CHECKING else object
 
@@ -43,48 +43,20 @@ class Stream:
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The state among the arguments of a layer; None if it is not passed."""
         named = self.name is not None and self.name in kwargs
-        return _at(kwargs[self.name] if named else args[self.position], self.inner)  # type: ignore[index]
+        return at(kwargs[self.name] if named else args[self.position], self.inner)  # type: ignore[index]
 
     def read_result(self, result: Any) -> Any:
         """The state in what a layer returned; None if it ended."""
-        return _at(result, self._path(result))
+        return at(result, self._path(result))
 
     def written_result(self, result: Any, state: Tensor) -> Any:
         """What a layer returned, with another state."""
-        return _put(result, self._path(result), state)
+        return put(result, self._path(result), state)
 
     def _path(self, result: Any) -> tuple[int | str, ...]:
         if isinstance(result, Tensor):
             return ()
         return (0,) if not self.result and isinstance(result, (tuple, list)) else self.result
-
-
-def _at(value: Any, path: tuple[int | str, ...]) -> Any:
-    for step in path:
-        if value is None:
-            return None
-        fields = isinstance(step, str) and is_dataclass(value)
-        value = getattr(value, str(step)) if fields else cast("Any", value)[step]
-    return value
-
-
-def _put(value: Any, path: tuple[int | str, ...], state: Tensor) -> Any:
-    if not path:
-        return state
-    step, rest = path[0], path[1:]
-    if isinstance(step, str) and is_dataclass(value):
-        made = cast("Any", copy.copy(value))
-        setattr(made, step, _put(getattr(value, step), rest, state))
-        return made
-    inner = _put(value[step], rest, state)
-    if not isinstance(value, tuple):
-        made = copy.copy(value)
-        made[step] = inner
-        return made
-    items = [*cast("tuple[Any, ...]", value)]
-    items[cast("int", step)] = inner
-    kind = cast("Any", type(cast("object", value)))
-    return kind(*items) if "_fields" in vars(kind) else tuple(items)
 
 
 class Shortcuts(Mixer):

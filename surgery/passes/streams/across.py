@@ -20,7 +20,7 @@ from architectures.shortcuts import History, Topology
 from architectures.shortcuts.project import Crossing, Cut, Projection
 from surgery.capture import Call, TensorSpec, Trace
 from surgery.errors import RuleError
-from surgery.passes.streams.ports import Path, Stream
+from surgery.passes.streams.ports import Route, Stream
 from surgery.passes.streams.runs import Run, comes_of, find_runs, float_leaves, stream_of
 from surgery.passes.streams.segment import Segment
 from surgery.select import Stack
@@ -208,8 +208,8 @@ class _Link:
 
     stack: Stack
     call: Call
-    entry: tuple[Path, fx.Node]
-    exit: tuple[Path, fx.Node]
+    entry: tuple[Route, fx.Node]
+    exit: tuple[Route, fx.Node]
 
 
 def _check_one_stream(stack: Stack, runs: Iterable[Run]) -> None:

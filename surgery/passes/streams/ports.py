@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery.errors import ModelStateError
 
 #: How to reach a value in nested tuples, lists and dicts; empty for the value itself.
-Path = tuple[int | str, ...]
+Route = tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Stream:
 
     position: int | None
     name: str | None
-    inner: Path = ()
-    result: Path = ()
+    inner: Route = ()
+    result: Route = ()
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The tensor among the arguments of a block; None where the stream is not passed.
@@ -42,9 +42,9 @@ class Stream:
             ModelStateError: the block was called without this argument.
         """
         if self.name is not None and self.name in kwargs:
-            return _at(kwargs[self.name], self.inner)
+            return at(kwargs[self.name], self.inner)
         if self.position is not None and self.position < len(args):
-            return _at(args[self.position], self.inner)
+            return at(args[self.position], self.inner)
         raise ModelStateError(
             f"a block was called without {self}, which carries the state of its stack",
             hint="plan the rewrite again with an example that calls the model in this way",
@@ -55,19 +55,20 @@ class Stream:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with ``state`` in the place of the tensor."""
         if self.name is not None and self.name in kwargs:
-            return args, {**kwargs, self.name: _put(kwargs[self.name], self.inner, state)}
-        at = cast("int", self.position)
-        return (*args[:at], _put(args[at], self.inner, state), *args[at + 1 :]), kwargs
+            return args, {**kwargs, self.name: put(kwargs[self.name], self.inner, state)}
+        index = cast("int", self.position)
+        changed = put(args[index], self.inner, state)
+        return (*args[:index], changed, *args[index + 1 :]), kwargs
 
     def read_result(self, result: Any) -> Tensor | None:
         """The tensor in what a block returned; None where the stream ended."""
-        return _at(result, self._result_path(result))
+        return at(result, self._result_path(result))
 
     def written_result(self, result: Any, state: Tensor) -> Any:
         """What the block returned with ``state`` in the place of the tensor."""
-        return _put(result, self._result_path(result), state)
+        return put(result, self._result_path(result), state)
 
-    def _result_path(self, result: Any) -> Path:
+    def _result_path(self, result: Any) -> Route:
         """A block may return its state alone, or with more beside it, as it is asked to."""
         if isinstance(result, Tensor):
             return ()
@@ -89,7 +90,8 @@ class Stream:
         return f"argument {self.name or self.position!r}"
 
 
-def _at(value: Any, path: Path) -> Tensor | None:
+def at(value: Any, path: Route) -> Tensor | None:
+    """The tensor at a place within nested containers; None where the stream ended."""
     for step in path:
         if value is None:
             return None
@@ -97,16 +99,16 @@ def _at(value: Any, path: Path) -> Tensor | None:
     return cast("Tensor | None", value)
 
 
-def _put(value: Any, path: Path, state: Tensor) -> Any:
+def put(value: Any, path: Route, state: Tensor) -> Any:
     """``value`` with ``state`` at ``path``; containers on the way are copied, not written to."""
     if not path:
         return state
     step, rest = path[0], path[1:]
     if _is_fields(value, step):
         made = copy.copy(value)
-        setattr(made, cast("str", step), _put(getattr(value, cast("str", step)), rest, state))
+        setattr(made, cast("str", step), put(getattr(value, cast("str", step)), rest, state))
         return made
-    inner = _put(value[step], rest, state)
+    inner = put(value[step], rest, state)
     if not isinstance(value, tuple):
         made = copy.copy(value)
         made[step] = inner

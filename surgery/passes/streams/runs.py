@@ -16,10 +16,10 @@ from torch import fx, nn
 
 from surgery.capture import Call, TensorSpec, Trace
 from surgery.capture.graft import stock_class
-from surgery.passes.streams.ports import Path, Stream
+from surgery.passes.streams.ports import Route, Stream
 
 #: (argument path, result path): a tensor a block takes in, and the one of its kind it gives out.
-_Pair = tuple[Path, Path]
+_Pair = tuple[Route, Route]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,8 @@ def _cut(calls: Sequence[Call], left_out: dict[str, str]) -> Iterator[_Part]:
 
 def _settled(part: _Part) -> _Part:
     """Each argument and each part of the result belongs to one stream; the first one has it."""
-    inputs: set[Path] = set()
-    outputs: set[Path] = set()
+    inputs: set[Route] = set()
+    outputs: set[Route] = set()
     pairs: list[_Pair] = []
     for pair in part.pairs:
         if pair[0] not in inputs and pair[1] not in outputs:
@@ -198,7 +198,7 @@ def _continued(part: _Part, call: Call, kept: Mapping[_Pair, TensorSpec]) -> lis
 
 
 def _indirect(
-    part: _Part, given: Mapping[Path, fx.Node], gone: Mapping[Path, fx.Node]
+    part: _Part, given: Mapping[Route, fx.Node], gone: Mapping[Route, fx.Node]
 ) -> list[_Pair]:
     """The first stream that the parent works on between two blocks (adds to, attends over)."""
     for pair in part.pairs:
@@ -247,7 +247,7 @@ def _spec(node: fx.Node) -> TensorSpec | None:
     return None
 
 
-def _leaves(value: Any) -> dict[Path, fx.Node]:
+def _leaves(value: Any) -> dict[Route, fx.Node]:
     """The nodes in a nested value, by path; arguments have their position or name first."""
     if isinstance(value, fx.Node):
         return {(): value}
@@ -260,7 +260,7 @@ def _leaves(value: Any) -> dict[Path, fx.Node]:
     return {(at, *path): node for at, item in items for path, node in _leaves(item).items()}
 
 
-def float_leaves(value: Any) -> dict[Path, fx.Node]:
+def float_leaves(value: Any) -> dict[Route, fx.Node]:
     """The floating-point tensors among the arguments or in the result of a call, by path."""
     return {path: node for path, node in _leaves(value).items() if _spec(node) is not None}
 
