@@ -18,16 +18,15 @@ from torch import Tensor
 
 from surgery.checkpoints.tensorfile import Slot, read_slot
 from surgery.errors import CheckpointError
-from surgery.untrusted.documents import read_object
 from surgery.untrusted.header import Header, read_header
-from surgery.untrusted.paths import check_inside, checked_file, plain_name, short
+from surgery.untrusted.index import check_held, check_strays, is_shard, read_index, shard_missing
+from surgery.untrusted.paths import check_inside, checked_file, short
 
 SUFFIX = ".safetensors"
 #: Stems that libraries write whole models under; taken first where a folder holds several.
 STEMS = ("model", "diffusion_pytorch_model")
 
 _INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?P<variant>\.[A-Za-z0-9_-]+)?\.json")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -172,33 +171,34 @@ def _choose(folder: Path, stem: str | None) -> Path:
     """The single file, or the index, that is meant."""
     names = sorted(each.name for each in folder.iterdir())
     candidates = _candidates(names)
-    wanted = (stem,) if stem is not None else STEMS
-    for each in wanted:
-        if each in candidates:
-            return folder / candidates[each]
-    if not candidates or stem is not None:
+    fitting = {
+        name: known
+        for name, known in candidates.items()
+        if (known == stem if stem is not None else known in STEMS)
+    }
+    if stem is None and not fitting:
+        fitting = candidates
+    if not fitting:
         raise _nothing_found(folder, stem, names)
-    if len(candidates) > 1:
+    if len(fitting) > 1:
         raise CheckpointError(
-            f"{folder} holds several checkpoints: {', '.join(candidates.values())}",
-            hint="say which: move the others away, or give its stem",
+            f"{folder} holds several checkpoints: {', '.join(fitting)}",
+            hint="move away those that are not meant; a single file and an index of the same name "
+            "are read by some libraries in one way, and by some in the other",
         )
-    return folder / next(iter(candidates.values()))
+    return folder / next(iter(fitting))
 
 
 def _candidates(names: list[str]) -> dict[str, str]:
-    """Stem → the file to begin with; a single file before an index, as libraries take them."""
-    indexes = {
-        match["stem"] + (match["variant"] or ""): name
-        for name in names
-        if (match := _INDEX.fullmatch(name))
-    }
-    singles = {
-        stem: name
-        for name in names
-        if name.endswith(SUFFIX) and not _SHARD.search(stem := name.removesuffix(SUFFIX))
-    }
-    return indexes | singles
+    """Files to begin with → their stem."""
+    found: dict[str, str] = {}
+    for name in names:
+        index = _INDEX.fullmatch(name)
+        if index is not None:
+            found[name] = index["stem"] + (index["variant"] or "")
+        elif name.endswith(SUFFIX) and not is_shard(name, SUFFIX):
+            found[name] = name.removesuffix(SUFFIX)
+    return found
 
 
 def _nothing_found(folder: Path, stem: str | None, names: list[str]) -> CheckpointError:
@@ -215,68 +215,20 @@ def _nothing_found(folder: Path, stem: str | None, names: list[str]) -> Checkpoi
 
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
-    by_file = _listed(index)
+    by_file = read_index(index, SUFFIX)
     files = tuple(folder / name for name in sorted(by_file))
     for file in files:
-        _check_shard(folder, index, file)
-    _check_strays(folder, index, set(by_file))
+        if not file.exists() and not file.is_symlink():
+            raise shard_missing(index, file.name)
+        check_inside(file, folder)
+    check_strays(index, by_file, SUFFIX)
     checkpoint = _opened(folder, files, index)
     held: dict[str, set[str]] = {name: set() for name in by_file}
     for name, located in checkpoint.tensors.items():
         held[located.file.name].add(name)
     for file, listed in by_file.items():
-        _check_same(index, file, held[file], listed)
+        check_held(index, file, held[file], listed)
     return checkpoint
-
-
-def _listed(index: Path) -> dict[str, set[str]]:
-    """The tensors that an index lists, by file."""
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a non-empty 'weight_map'")
-    by_file: dict[str, set[str]] = {}
-    for name, file in cast("dict[str, object]", weight_map).items():
-        by_file.setdefault(plain_name(file, str(index), suffix=SUFFIX), set()).add(name)
-    return by_file
-
-
-def _check_shard(folder: Path, index: Path, file: Path) -> None:
-    if not file.exists() and not file.is_symlink():
-        raise CheckpointError(
-            f"{index} names the file {short(repr(file.name))}, which is not there",
-            hint="the checkpoint is incomplete; download or copy it again",
-        )
-    check_inside(file, folder)
-
-
-def _check_strays(folder: Path, index: Path, listed: set[str]) -> None:
-    stem = index.name.partition(SUFFIX)[0]
-    strays = [
-        each.name
-        for each in sorted(folder.iterdir())
-        if each.name not in listed
-        and each.name.endswith(SUFFIX)
-        and (cut := _SHARD.search(each.stem))
-        and each.name[: cut.start()] == stem
-    ]
-    if strays:
-        raise CheckpointError(
-            f"the shard {short(repr(strays[0]))} is there, but {index} does not list it",
-            hint="the index belongs to another save of the model; download or copy both again",
-        )
-
-
-def _check_same(index: Path, file: str, held: set[str], listed: set[str]) -> None:
-    if absent := sorted(listed - held):
-        raise CheckpointError(
-            f"{index} says that {file!r} holds {short(repr(absent[0]))}, which it does not "
-            f"({len(absent)} such names)"
-        )
-    if extra := sorted(held - listed):
-        raise CheckpointError(
-            f"{file!r} holds {short(repr(extra[0]))}, which {index} does not list there "
-            f"({len(extra)} such names)"
-        )
 
 
 def _opened(folder: Path, files: tuple[Path, ...], index: Path | None) -> Checkpoint:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from surgery.errors import CheckpointError, SourceError
+from surgery.errors import SourceError
+from surgery.untrusted.documents import read_object
+from surgery.untrusted.paths import check_inside, checked_file
 
 
 class Store(ABC):
@@ -36,7 +37,11 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, name: str) -> Path | None:
-        """The local path of the file ``name``, fetched if needed; None where there is none."""
+        """The local path of the file ``name``, fetched if needed; None where there is none.
+
+        Raises:
+            CheckpointError: it is no regular file, or a link that leads out of the folder.
+        """
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -46,10 +51,10 @@ class Store(ABC):
         """The JSON object in the file ``name``; None where there is no such file.
 
         Raises:
-            CheckpointError: the file is not a JSON object.
+            CheckpointError: the file is not one JSON object, or is a link out of the folder.
         """
         path = self.get(name)
-        return None if path is None else read_json(path)
+        return None if path is None else read_object(path, infinities=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,11 @@ class LocalFolder(Store):
     def get(self, name: str) -> Path | None:
         """See ``Store.get``."""
         path = self.path / name
-        return path if path.is_file() else None
+        if not path.exists() and not path.is_symlink():
+            return None
+        check_inside(path, self.path)
+        checked_file(path)
+        return path
 
     def names(self) -> list[str]:
         """See ``Store.names``."""
@@ -172,18 +181,3 @@ class HubRepository(Store):
         # Only what was fetched: asking the hub for the rest can fail in ways that would hide the
         # error these names are listed in.
         return sorted(path.name for path in self.folder.iterdir())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: the file is not a JSON object.
-    """
-    try:
-        loaded: object = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
-    return cast("dict[str, Any]", loaded)

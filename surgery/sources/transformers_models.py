@@ -155,7 +155,7 @@ def _finished(model: Any, store: Store) -> nn.Module:
     """What ``from_pretrained`` adds to a model from the folder beside the weights."""
     model.config.name_or_path = store.label
     model.name_or_path = store.label
-    if model.can_generate() and store.get("generation_config.json") is not None:
+    if model.can_generate() and store.read_json("generation_config.json") is not None:
         generation = require(LIBRARY).GenerationConfig
         model.generation_config = generation.from_pretrained(store.folder, local_files_only=True)
     return model

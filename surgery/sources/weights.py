@@ -6,28 +6,28 @@ safetensors is what is read. A pickle (``.bin``) is read only through
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
-import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from surgery.errors import CheckpointError
-from surgery.sources.store import Store, read_json
+from surgery.sources.store import Store
+from surgery.untrusted.header import GIT_LFS, git_lfs_pointer, read_header
+from surgery.untrusted.index import check_held, check_strays, read_index, shard_missing
+from surgery.untrusted.paths import checked_file
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _MAX_LISTED = 8
 
 
@@ -68,12 +68,22 @@ def find(
         single, index = _names(stem, suffix, variant)
         path = store.get(single)
         if path is not None:
+            _refuse_both(store, single, index)
             _check_file(path)
             return WeightFiles((path,), None, suffix == ".bin")
         index_path = store.get(index)
         if index_path is not None:
             return WeightFiles(_shards(store, index_path, suffix), index_path, suffix == ".bin")
     raise _nothing_found(store, _names(safetensors, ".safetensors", variant)[0])
+
+
+def _refuse_both(store: Store, single: str, index: str) -> None:
+    # transformers reads the single file then, and diffusers what the index lists.
+    if (store.folder / index).exists():
+        raise CheckpointError(
+            f"{store.label} holds {single} and {index}, and libraries differ in which they read",
+            hint="move away the one that is not meant, with its shards",
+        )
 
 
 def read(files: WeightFiles) -> dict[str, Tensor]:
@@ -86,34 +96,6 @@ def read(files: WeightFiles) -> dict[str, Tensor]:
     for path in files.paths:
         state.update(_read_pickle(path) if files.pickled else _read_safetensors(path))
     return state
-
-
-def read_header(path: Path) -> dict[str, Shape]:
-    """Name and shape of every tensor in a safetensors file, after checking that it is whole.
-
-    Raises:
-        CheckpointError: the file is truncated, longer than its header says, or not safetensors.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        _refuse_pointer(path, start)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is None or length > size - 8:
-            expected = "at least 8 bytes" if length is None else f"a header of {length} bytes"
-            raise CheckpointError(
-                f"{path}: truncated or not safetensors: expected {expected}, the file has {size}",
-                hint="download or copy the file again",
-            )
-        raw = file.read(length)
-    header = _parse_header(path, raw)
-    end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    if size != 8 + len(raw) + end:
-        raise CheckpointError(
-            f"{path}: expected {8 + len(raw) + end} bytes according to its header, got {size}",
-            hint="the file is truncated or corrupt; download or copy it again",
-        )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 def check_fit(
@@ -178,112 +160,33 @@ def _names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:
     return f"{stem}{middle}{suffix}", f"{stem}{suffix}.index{middle}.json"
 
 
-def _shards(store: Store, index_path: Path, suffix: str) -> tuple[Path, ...]:
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: expected a non-empty 'weight_map'")
-    mapping = cast("dict[str, object]", weight_map)
-    by_shard: dict[str, set[str]] = {}
-    for key, shard in mapping.items():
-        by_shard.setdefault(_shard_name(index_path, key, shard, suffix), set()).add(key)
-    paths = {name: _shard_path(store, index_path, name) for name in sorted(by_shard)}
+def _shards(store: Store, index: Path, suffix: str) -> tuple[Path, ...]:
+    by_file = read_index(index, suffix)
+    paths = {name: _shard_path(store, index, name) for name in sorted(by_file)}
     for name, path in paths.items():
-        _check_file(path)
-        if suffix == ".safetensors":
-            _check_shard(index_path, name, set(read_header(path)), by_shard[name])
-    _check_strays(index_path, set(paths), suffix)
+        held = _check_file(path)
+        if held is not None:
+            check_held(index, name, held, by_file[name])
+    check_strays(index, paths, suffix)
     return tuple(paths.values())
 
 
-def _shard_name(index_path: Path, key: str, shard: object, suffix: str) -> str:
-    if not isinstance(shard, str):
-        raise CheckpointError(f"{index_path}: {key!r} is mapped to {shard!r}, expected a file name")
-    inside = (
-        len(PurePosixPath(shard).parts) == 1
-        and len(PureWindowsPath(shard).parts) == 1
-        and shard not in (".", "..")
-    )
-    if not inside:
-        raise CheckpointError(
-            f"{index_path}: {key!r} is mapped to {shard!r}, which lies outside the folder"
-        )
-    if not shard.endswith(suffix):
-        raise CheckpointError(f"{index_path}: {shard!r} is no {suffix} file")
-    return shard
-
-
-def _shard_path(store: Store, index_path: Path, name: str) -> Path:
+def _shard_path(store: Store, index: Path, name: str) -> Path:
     path = store.get(name)
     if path is None:
-        raise CheckpointError(
-            f"{index_path} names the shard {name!r}, which is not there",
-            hint="the checkpoint is incomplete; download or copy it again",
-        )
+        raise shard_missing(index, name)
     return path
 
 
-def _check_shard(index_path: Path, name: str, held: set[str], listed: set[str]) -> None:
-    if absent := sorted(listed - held):
-        raise CheckpointError(
-            f"{index_path} says that {name!r} holds {absent[0]!r}, which it does not "
-            f"({len(absent)} such keys)"
-        )
-    if extra := sorted(held - listed):
-        raise CheckpointError(
-            f"{name!r} holds {extra[0]!r}, which {index_path} does not list "
-            f"({len(extra)} such keys)"
-        )
-
-
-def _check_strays(index_path: Path, known: set[str], suffix: str) -> None:
-    stem = index_path.name.partition(suffix)[0]
-    strays = [
-        name
-        for name in sorted(path.name for path in index_path.parent.iterdir())
-        if name.startswith(stem)
-        and name.endswith(suffix)
-        and _SHARD.search(name.removesuffix(suffix))
-        and name not in known
-    ]
-    if strays:
-        raise CheckpointError(
-            f"the shard {strays[0]!r} is there, but {index_path} does not list it",
-            hint="the index belongs to another save of the model; download or copy both again",
-        )
-
-
-def _check_file(path: Path) -> None:
+def _check_file(path: Path) -> set[str] | None:
+    """The names of the tensors in a file, checked; None for a pickle, which is not looked into."""
     if path.suffix == ".safetensors":
-        read_header(path)
-        return
+        return set(read_header(path).slots)
+    checked_file(path)
     with path.open("rb") as file:
-        _refuse_pointer(path, file.read(8))
-
-
-def _refuse_pointer(path: Path, start: bytes) -> None:
-    if start == b"version ":
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in its folder"
-        )
-
-
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        loaded: object = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: its header is not JSON; this is no safetensors file"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: its header is no JSON object")
-    header = cast("dict[str, Any]", loaded)
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(
-            cast("dict[str, Any]", entry)
-        ):
-            raise CheckpointError(f"{path}: the header entry of {name!r} is malformed")
-    return header
+        if file.read(8) == GIT_LFS:
+            raise git_lfs_pointer(path)
+    return None
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -21,7 +21,11 @@ _NEVER_MIND = 1 << 20
 
 
 def read_object(
-    path: Path, *, error: type[SurgeryError] = CheckpointError, limit: int = LIMIT
+    path: Path,
+    *,
+    error: type[SurgeryError] = CheckpointError,
+    limit: int = LIMIT,
+    infinities: bool = False,
 ) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -29,12 +33,14 @@ def read_object(
         path: A regular file; a pipe or a device is refused and not opened.
         error: What is raised.
         limit: The most bytes that it may have.
+        infinities: See ``parse``.
 
     Raises:
         SurgeryError: of the kind ``error``; the file is missing, too large, or holds anything
             but one JSON object (see ``parse``).
     """
-    return parse_object(read_bytes(path, error=error, limit=limit), str(path), error=error)
+    data = read_bytes(path, error=error, limit=limit)
+    return parse_object(data, str(path), error=error, infinities=infinities)
 
 
 def read_bytes(
@@ -54,16 +60,26 @@ def read_bytes(
 
 
 def parse_object(
-    data: bytes, where: str, *, error: type[SurgeryError] = CheckpointError
+    data: bytes,
+    where: str,
+    *,
+    error: type[SurgeryError] = CheckpointError,
+    infinities: bool = False,
 ) -> dict[str, Any]:
     """The JSON object that ``data`` is, as ``parse`` reads it."""
-    loaded = parse(data, where, error=error)
+    loaded = parse(data, where, error=error, infinities=infinities)
     if not isinstance(loaded, dict):
         raise error(f"{where}: expected a JSON object, got {type(loaded).__name__}")
     return cast("dict[str, Any]", loaded)
 
 
-def parse(data: bytes, where: str, *, error: type[SurgeryError] = CheckpointError) -> object:
+def parse(
+    data: bytes,
+    where: str,
+    *,
+    error: type[SurgeryError] = CheckpointError,
+    infinities: bool = False,
+) -> object:
     """The JSON value that ``data`` is.
 
     Python's reader takes more than JSON, and lets the last of several equal keys win, where
@@ -74,6 +90,8 @@ def parse(data: bytes, where: str, *, error: type[SurgeryError] = CheckpointErro
         data: UTF-8 without a byte order mark.
         where: What it is called in the message.
         error: What is raised.
+        infinities: Whether ``NaN``, ``Infinity`` and ``-Infinity`` may stand for numbers, as they
+            do in the configurations of transformers.
 
     Raises:
         SurgeryError: of the kind ``error``; it is not UTF-8, not JSON, too deeply nested, has a
@@ -85,7 +103,7 @@ def parse(data: bytes, where: str, *, error: type[SurgeryError] = CheckpointErro
         loaded: object = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_number,
+            parse_constant=float if infinities else _no_number,
             parse_float=_finite,
         )
         if b"\\u" in data:

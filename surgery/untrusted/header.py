@@ -50,7 +50,8 @@ _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package
 _MAX_NUMBER = 1 << 63  # beyond it torch cannot count
 _MAX_DIMENSIONS = 64  # the limit of torch's own kernels
-_GIT_LFS = b"version "
+#: How a file begins that Git LFS left in place of a large one.
+GIT_LFS = b"version "
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,8 @@ def header_of(path: Path, file: BinaryIO) -> Header:
 def _entries(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """What the header says, and where the tensors begin."""
     lead = file.read(8)
-    if lead == _GIT_LFS:
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in its folder"
-        )
+    if lead == GIT_LFS:
+        raise git_lfs_pointer(path)
     if len(lead) < 8:
         raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", lead)
@@ -132,12 +131,18 @@ def _entries(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int
     return parse_object(text, f"{path} is not a safetensors file"), 8 + length
 
 
+def git_lfs_pointer(path: Path) -> CheckpointError:
+    """What to raise for a file that is a pointer of Git LFS."""
+    return CheckpointError(
+        f"{path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in its folder"
+    )
+
+
 def _metadata(path: Path, found: object) -> dict[str, str]:
+    given = short(repr(found))
     texts = cast("dict[str, object]", found) if isinstance(found, dict) else None
     if texts is None or not all(isinstance(value, str) for value in texts.values()):
-        raise CheckpointError(
-            f"{path}: its {_METADATA} is damaged: expected text by key, got {short(repr(cast('object', found)))}"
-        )
+        raise CheckpointError(f"{path}: its {_METADATA} is damaged: expected text, got {given}")
     return cast("dict[str, str]", texts)
 
 

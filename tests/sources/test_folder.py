@@ -362,6 +362,42 @@ def config_is_a_list(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def moved_away(file: Path, name: str) -> None:
+    """Leave a link to somewhere outside of the folder."""
+    file.rename(file.parent.parent / name)
+    file.symlink_to(file.parent.parent / name)
+
+
+def shard_elsewhere(folder: Path) -> None:
+    moved_away(next(folder.glob("*-00001-*.safetensors")), "elsewhere.safetensors")
+
+
+def config_elsewhere(folder: Path) -> None:
+    moved_away(folder / "config.json", "elsewhere.json")
+
+
+def index_and_file(folder: Path) -> None:
+    shutil.copy(next(folder.glob("*-00001-*.safetensors")), folder / "model.safetensors")
+
+
+def key_twice(folder: Path) -> None:
+    path = folder / "config.json"
+    text = path.read_text().lstrip("{ \n")
+    path.write_text('{"_name_or_path": "a", "_name_or_path": "b", ' + text)
+
+
+def overlap(folder: Path) -> None:
+    shard = next(folder.glob("*-00001-*.safetensors"))
+    data = shard.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    other = next(n for n in names[1:] if header[n]["shape"] == header[names[0]]["shape"])
+    header[other]["data_offsets"] = header[names[0]]["data_offsets"]
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
@@ -369,19 +405,19 @@ def edit_config(folder: Path, **changes: object) -> None:
 
 
 BROKEN: list[tuple[Callable[[Path], object], str]] = [
-    (truncated, r"model-00001-of-00002\.safetensors: expected \d+ bytes .*got \d+"),
-    (longer, r"model-00001-of-00002\.safetensors: expected \d+ bytes .*got \d+"),
-    (headless, r"truncated or not safetensors: expected at least 8 bytes, the file has 3"),
-    (not_safetensors, r"its header is not JSON; this is no safetensors file"),
+    (truncated, r"model-00001-of-00002\.safetensors is truncated: \d+ bytes, its header says \d+"),
+    (longer, r"model-00001-of-00002\.safetensors is damaged: \d+ bytes, its header says \d+"),
+    (headless, r"is truncated: 3 bytes are no safetensors file"),
+    (not_safetensors, r"is not a safetensors file: its header is no JSON object"),
     (lfs_pointer, r"is a Git LFS pointer, not the weights.*git lfs pull"),
     (shard_gone, r"names the shard 'model-00002-of-00002\.safetensors', which is not there"),
     (shard_not_listed, r"the shard 'model-00002-of-00002\.safetensors' is there, .*not list it"),
     (key_not_listed, r"holds 'embeddings\.LayerNorm\.bias', which .* does not list"),
     (key_not_held, r"holds 'ghost\.weight', which it does not"),
-    (escaping, r"'a' is mapped to '\.\./x\.safetensors', which lies outside the folder"),
-    (absolute, r"'a' is mapped to '/.*x\.safetensors', which lies outside the folder"),
+    (escaping, r"'a' gives the path '\.\./x\.safetensors', which lies outside the folder"),
+    (absolute, r"'a' gives the path '/.*x\.safetensors', which lies outside the folder"),
     (windows_path, r"which lies outside the folder"),
-    (other_kind, r"'evil\.bin' is no \.safetensors file"),
+    (other_kind, r"gives 'evil\.bin', expected a \.safetensors file"),
     (empty_index, r"expected a non-empty 'weight_map'"),
     (index_not_json, r"index\.json: not valid JSON"),
     (no_weights, r"holds no weights: expected model\.safetensors .*found config\.json"),
@@ -391,6 +427,11 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (config_gone, r"has no config\.json"),
     (config_not_json, r"config\.json: not valid JSON"),
     (config_is_a_list, r"expected a JSON object, got list"),
+    (shard_elsewhere, r"is a link to .*elsewhere\.safetensors, outside of its folder"),
+    (config_elsewhere, r"config\.json is a link to .*, outside of its folder"),
+    (index_and_file, r"holds model\.safetensors and model\.safetensors\.index\.json, and lib"),
+    (key_twice, r"the key '_name_or_path' is there twice"),
+    (overlap, r"its tensors overlap or leave gaps"),
 ]
 
 
