@@ -69,6 +69,44 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Generator[Path]:
         _unlock(lock)
 
 
+@contextmanager
+def continuing(target: Path, check: Callable[[Path], None]) -> Generator[Path]:
+    """As ``replacing``, in a folder that outlives an error or a kill: the next call goes on in it.
+
+    Args:
+        target: A folder, or a path where there is nothing yet; links are followed.
+        check: Called with an existing, non-empty target; raises if it must not be replaced.
+
+    Raises:
+        CheckpointError: ``target`` is a file, or another process writes to it.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tidy(target)
+    _check_target(target, check)
+    work = unfinished(target)
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise CheckpointError(f"{work} is in the way: it is no folder", hint="move it away")
+    work.mkdir(exist_ok=True)
+    lock = _lock(work)
+    if lock is None:
+        raise CheckpointError(f"another process is writing {target} at this moment")
+    try:
+        yield work
+        _flush(work)
+        _check_target(target, check)
+        with _placing:
+            _put_in_place(work, target)
+    finally:
+        _unlock(lock)
+
+
+def unfinished(target: Path) -> Path:
+    """The folder in which ``continuing`` prepares a target."""
+    target = target.resolve()
+    return target.parent / f".{target.name}.surgery-unfinished"
+
+
 def recover(target: Path) -> None:
     """Move a whole old folder back if a kill between two renames left the target missing."""
     target = target.resolve()

@@ -30,6 +30,8 @@ __all__ = [
     "Slot",
     "as_bytes",
     "contents",
+    "header_bytes",
+    "in_order",
     "metadata",
     "read",
     "read_slot",
@@ -52,11 +54,10 @@ def write(path: Path, tensors: Sequence[tuple[str, Tensor]], advance: Advance) -
     Returns:
         The SHA-256 of the file, in hex.
     """
-    # Widest elements first, so that every tensor starts at a multiple of its element size.
-    ordered = sorted(tensors, key=lambda pair: -pair[1].element_size())
+    ordered = in_order(tensors)
     digest = sha256()
     with path.open("xb") as file:
-        head = _header(ordered)
+        head = header_bytes(ordered)
         file.write(head)
         digest.update(head)
         for _, tensor in ordered:
@@ -116,7 +117,13 @@ def _chunks(data: memoryview) -> Iterator[memoryview]:
         yield data[start : start + _CHUNK]
 
 
-def _header(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+def in_order(tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Widest elements first, so that every tensor starts at a multiple of its element size."""
+    return sorted(tensors, key=lambda pair: -pair[1].element_size())
+
+
+def header_bytes(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    """The beginning of a file that holds tensors back to back; of those only the form is read."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, tensor in tensors:
