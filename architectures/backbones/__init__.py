@@ -6,12 +6,15 @@ diffusers and timm are only named here; ``MODULES`` are this package's own.
 
 from architectures.backbones.base import Backbone, Preset, UnknownPreset
 from architectures.backbones.catalogue import FAMILIES, PRESETS, preset
+from architectures.backbones.few_shot import FourConvolutions, Perceptron
 from architectures.backbones.mlp import ResidualMLP
 from architectures.backbones.resnet import CifarResNet
 
 #: The plain modules that presets name, by the name they use.
 MODULES: dict[str, type[Backbone]] = {
     "CifarResNet": CifarResNet,
+    "FourConvolutions": FourConvolutions,
+    "Perceptron": Perceptron,
     "ResidualMLP": ResidualMLP,
 }
 
@@ -21,6 +24,8 @@ __all__ = [
     "PRESETS",
     "Backbone",
     "CifarResNet",
+    "FourConvolutions",
+    "Perceptron",
     "Preset",
     "ResidualMLP",
     "UnknownPreset",

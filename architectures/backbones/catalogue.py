@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
-from architectures.backbones import dit, llama, mlp, resnet
+from architectures.backbones import dit, few_shot, llama, mlp, resnet
 from architectures.backbones.base import Preset, UnknownPreset
 
 #: The presets that a list shows, by name; those of a paper and the small ones.
 PRESETS: dict[str, Preset] = {
-    preset.name: preset for preset in (*llama.PRESETS, *dit.PRESETS, *resnet.PRESETS, *mlp.PRESETS)
+    preset.name: preset
+    for family in (llama, dit, resnet, mlp, few_shot)
+    for preset in family.PRESETS
 }
 
 #: Names with a depth in them, as a person would write the pattern → what finds the preset.

@@ -31,10 +31,11 @@ from surgery.train.data.configs import DataConfig
 from surgery.train.objectives.configs import ObjectiveConfig
 
 if TYPE_CHECKING:
+    from surgery.train.adapt.config import AdaptConfig
     from surgery.train.finetune.config import FinetuneConfig
 
     #: What a run can be configured by.
-    RunConfig: TypeAlias = "PretrainConfig | FinetuneConfig"
+    RunConfig: TypeAlias = "PretrainConfig | FinetuneConfig | AdaptConfig"
 
 VERSION = 1
 

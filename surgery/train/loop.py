@@ -127,7 +127,8 @@ class Loop:
 
     def start(self, done: int) -> None:
         """Get ready for step ``done`` + 1."""
-        self._parameters = [p for p in self.plain.parameters() if p.requires_grad]
+        everything = (*self.plain.parameters(), *self.aim.parameters())
+        self._parameters = [p for p in everything if p.requires_grad]
         self._logged = (done, self.clock.seconds)
         self._batches = self._training_batches(done)
         if done:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -204,9 +205,12 @@ def grad_and_value(
 def vjp(
     function: Callable[..., Tensors], *at: Tensors
 ) -> tuple[Tensors, Callable[[Tensors], tuple[Tensors, ...]]]:
-    """``torch.func.vjp``, with types: the value, and what pulls a cotangent back."""
+    """``torch.func.vjp``, with types: the value, and what pulls a cotangent back.
+
+    What is pulled back carries no graph of its own: nothing here is differentiated a third time.
+    """
     value, pull = cast("Any", torch.func.vjp)(function, *at)
-    return value, pull
+    return value, partial(pull, create_graph=False)
 
 
 def _trace(losses: list[Tensor], norms: list[Tensor], state: Tensors) -> Trace:

@@ -19,6 +19,7 @@ from surgery.tree import named_parameters, own_parameters
 
 if TYPE_CHECKING:
     from surgery.rules import Where
+    from surgery.train.adapt.config import AdaptConfig
     from surgery.train.data.base import Data
     from surgery.train.finetune.config import FinetuneConfig
 
@@ -39,7 +40,7 @@ class Built:
     loaded: Changed | None
 
 
-def build(config: FinetuneConfig, data: Data) -> Built:
+def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
     """Load the model, give it a head, apply the rules; the same on every rank.
 
     Args:

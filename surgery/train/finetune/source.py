@@ -17,6 +17,8 @@ from surgery.sources import load
 from surgery.train.data.facts import TOKENIZER
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from surgery.train.finetune.config import FinetuneConfig, FinetuneModel
 
 _PACKAGE = "package:"
@@ -97,12 +99,18 @@ def with_tokenizer(config: FinetuneConfig) -> Any:
     Raises:
         ConfigError: the model comes without one.
     """
-    data = config.data
-    named = data.model_dump().get("tokenizer")
-    if named != "model":
+    return tokenized(config.data, config.model.source)
+
+
+def tokenized(data: BaseModel, source: str) -> Any:
+    """A section of data, ``tokenizer: model`` replaced by where the tokenizer of a model is.
+
+    Raises:
+        ConfigError: the model comes without one.
+    """
+    if data.model_dump().get("tokenizer") != "model":
         return data
-    found = Source.of(config.model.source).tokenizer()
-    return data.model_copy(update={"tokenizer": found})
+    return data.model_copy(update={"tokenizer": Source.of(source).tokenizer()})
 
 
 def _restored(section: FinetuneModel, folder: Path) -> nn.Module:

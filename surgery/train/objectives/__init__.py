@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery.train.config import RunConfig
+    from surgery.train.config import PretrainConfig
     from surgery.train.data.base import Facts
+    from surgery.train.finetune.config import FinetuneConfig
     from surgery.train.objectives.base import Objective
 
 
-def objective(config: RunConfig, facts: Facts, model: nn.Module) -> Objective:
+def objective(config: PretrainConfig | FinetuneConfig, facts: Facts, model: nn.Module) -> Objective:
     """The objective that a configuration names, fitted to the data and tried on the model.
 
     Args:
@@ -46,6 +47,6 @@ def objective(config: RunConfig, facts: Facts, model: nn.Module) -> Objective:
     return Diffusion(section, facts, model, seed=config.seed, vae=vae_spec(config))
 
 
-def vae_spec(config: RunConfig) -> str | None:
+def vae_spec(config: PretrainConfig | FinetuneConfig) -> str | None:
     """The VAE that made the latents of a configuration; None for pixels."""
     return config.data.vae if config.data.kind == "latents" else None

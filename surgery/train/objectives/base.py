@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,10 @@ class Objective(ABC):
         Returns:
             ``loss`` and what else the objective measures, the same on all ranks.
         """
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """What is trained beside the model."""
+        return ()
 
     def sample(self, model: nn.Module, out: Path | None, step: int) -> Path | None:
         """Draw from the model and write what comes, if this objective draws anything.

@@ -1,0 +1,381 @@
+"""A model with an inner loop: what the meta-training trains, and what adapts to a task after it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery import mirrors
+from surgery.errors import ModelStateError, NoMatch, TrainingError
+from surgery.select import Match, ModelMap, Site, select
+from surgery.sources.libraries import BUILD_ERRORS
+from surgery.train.adapt.estimators import (
+    Bayesian,
+    Binomial,
+    Estimate,
+    Estimator,
+    FirstOrder,
+    Implicit,
+    Truncated,
+    Unrolled,
+)
+from surgery.train.adapt.functional import bound, check_functional, episode_mode
+from surgery.train.adapt.inner import Meta, Problem, Task, Tensors, Trace
+from surgery.train.adapt.rules import RULES
+from surgery.train.adapt.targets import Target, build_target
+from surgery.train.adapt.tasks.episodes import QUERY, SUPPORT
+from surgery.train.objectives.base import first_line, placement
+from surgery.tree import joined, named_parameters, own_parameters
+
+if TYPE_CHECKING:
+    from surgery.rules import Where
+    from surgery.train.adapt.config import AdaptConfig, EstimatorConfig
+    from surgery.train.data.base import Facts
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Which parameters of a model are what.
+
+    Attributes:
+        adapted: Those that the inner loop moves.
+        others: Those that are meta-learned and the same for all tasks.
+    """
+
+    adapted: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+class Learner:
+    """A model, its inner loop, and what is meta-learned beside the model.
+
+    Args:
+        config: The configuration.
+        facts: What the data is.
+        model: The plain model; what requires gradients is meta-learned.
+        example: A batch of tasks, on which everything is tried.
+
+    Attributes:
+        model: The model.
+        names: Which of its parameters are what.
+        extra: What is meta-learned beside it: step sizes, variances of a prior.
+        problem: Loss and step rule.
+        estimator: Of the meta-gradient.
+        target: What tasks ask for.
+
+    Raises:
+        ModelStateError: the model does not fit the tasks, is no function of its parameters, cannot
+            be mapped over tasks, or has a parameter that gets no gradient.
+        NoMatch: ``inner.where`` selects nothing that is trained.
+    """
+
+    def __init__(
+        self, config: AdaptConfig, facts: Facts, model: nn.Module, example: Batch
+    ) -> None:
+        device, dtype = placement(model)
+        self.model = model
+        self.config = config
+        self._facts = facts
+        self.names = _names(model, config.inner.where)
+        self.estimator = build_estimator(config.estimator)
+        self._check_mirrors()
+        rule = RULES[config.inner.rule](config.inner.lr)
+        task = one(split({n: t.to(device) for n, t in example.items()}, dtype), 0)
+        self.target: Target = build_target(config.objective, facts, model, task.support)
+        self.problem = Problem(
+            self._loss, rule, config.inner.steps, self._primal, config.inner.proximal
+        )
+        start = self.meta().start
+        learned = {**rule.extra(start), **self.estimator.extra(start, config.seed)}
+        self.extra = {name: nn.Parameter(value) for name, value in learned.items()}
+        self._try(task)
+
+    def meta(self) -> Meta:
+        """What is meta-learned, as it is now, without gradients."""
+        parameters = dict(named_parameters(self.model))
+        extra: dict[str, nn.Parameter] = vars(self).get("extra", {})
+        return Meta(
+            {name: parameters[name].detach() for name in self.names.adapted},
+            {name: parameters[name].detach() for name in self.names.others},
+            {name: value.detach() for name, value in extra.items()},
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is meta-learned, in the order of ``meta``."""
+        parameters = dict(named_parameters(self.model))
+        names = (*self.names.adapted, *self.names.others)
+        return [*(parameters[name] for name in names), *self.extra.values()]
+
+    @contextmanager
+    def mode(self, *, training: bool) -> Generator[None]:
+        """The model as the inner loop needs it.
+
+        Args:
+            training: Whether dropout is on if the configuration asks for it.
+        """
+        inner = self.config.inner
+        with episode_mode(self.model, inner.statistics, dropout=training and inner.dropout):
+            yield
+
+    def estimated(self, batch: Batch) -> Estimate:
+        """The mean meta-gradient of a batch of tasks; losses (B,) and traces (B, K) of each."""
+        tasks = split(batch, placement(self.model)[1])
+        with self.mode(training=True):
+            if self.config.inner.parallel == "vmap":
+                return self._mapped(tasks)
+            return self._looped(tasks)
+
+    def measured(self, batch: Batch, steps: Iterable[int]) -> Tensor:
+        """Measures after some numbers of inner steps: (B, len(steps) · measures)."""
+        tasks, wanted = split(batch, placement(self.model)[1]), tuple(steps)
+        meta = self.meta()
+
+        def measure(task: Task) -> Tensor:
+            states = self.estimator.adapted(self.problem, meta, task.support, max(wanted))
+            return torch.cat(
+                [self.target.measured(self._predicted(meta, states[k], task), task.query)
+                 for k in wanted]
+            )  # fmt: skip
+
+        with torch.no_grad(), self.mode(training=False):
+            if self.config.inner.parallel == "vmap":
+                return torch.func.vmap(measure, randomness="different")(tasks)
+            return torch.stack([measure(one(tasks, i)) for i in range(count(tasks))])
+
+    def adapt(self, support: Batch, steps: int | None = None) -> Adapted:
+        """Fit the model to a task.
+
+        Args:
+            support: Samples by name, (N, ...) each.
+            steps: Inner steps; those of the configuration by default.
+
+        Returns:
+            The adapted parameters; the model itself stays as it is.
+
+        Raises:
+            TrainingError: the inner loop diverges.
+        """
+        device, dtype = placement(self.model)
+        given = _cast({name: tensor.to(device) for name, tensor in support.items()}, dtype)
+        meta = self.meta()
+        with torch.no_grad(), self.mode(training=False):
+            states = self.estimator.adapted(
+                self.problem, meta, given, self.problem.steps if steps is None else steps
+            )
+        state = states[-1]
+        broken = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+        if broken:
+            raise TrainingError(
+                f"the inner loop diverged: {broken[0]} is not finite after it",
+                hint="lower inner.lr or the number of steps",
+            )
+        return Adapted(self, meta, state)
+
+    def _predicted(self, meta: Meta, state: Tensors, task: Task) -> Tensor:
+        def predict(values: Tensors) -> Tensor:
+            return self.target.predict(bound(self.model, values), task.query)
+
+        return self.estimator.predicted(self.problem, meta, state, predict, self.target.averaged)
+
+    def _mapped(self, tasks: Task) -> Estimate:
+        meta = self.meta()
+
+        def estimate(task: Task) -> Estimate:
+            return self.estimator(self.problem, meta, task)
+
+        found = Estimate(*torch.func.vmap(estimate, randomness="different")(tasks))
+        return found._replace(gradient=Meta(*found.gradient).map(lambda each: each.mean(0)))
+
+    def _looped(self, tasks: Task) -> Estimate:
+        meta, tasks_in_all = self.meta(), count(tasks)
+        total = meta.map(torch.zeros_like)
+        losses, traces = list[Tensor](), list[Trace]()
+        for i in range(tasks_in_all):
+            found = self.estimator(self.problem, meta, one(tasks, i))
+            for sums, part in zip(total, found.gradient, strict=True):
+                for name, value in part.items():
+                    sums[name] += value / tasks_in_all
+            losses.append(found.loss)
+            traces.append(found.trace)
+        trace = Trace(*(torch.stack([each[i] for each in traces]) for i in range(2)))
+        return Estimate(total, torch.stack(losses), trace)
+
+    def _loss(self, values: Tensors, samples: Tensors) -> Tensor:
+        forward = bound(self.model, values)
+        return self.target.loss(self.target.predict(forward, samples), samples)
+
+    def _primal(self, values: Tensors) -> Tensors:
+        return mirrors.primal(self.model, values)
+
+    def _check_mirrors(self) -> None:
+        if isinstance(self.estimator, Implicit | Bayesian) and mirrors.attached(self.model):
+            raise ModelStateError(
+                f"estimator {self.config.estimator.name} is of gradient descent, and the model has "
+                "mirror maps: where mirror descent comes to rest is no minimum of a pulled loss",
+                hint="use unrolled, truncated, binomial or first-order",
+            )
+
+    def _try(self, task: Task) -> None:
+        """Run everything once on a task, to say what does not work before training."""
+        inner, meta = self.config.inner, self.meta()
+        with self.mode(training=False):
+            check_functional(self.model, lambda: self.problem.query(meta.others, meta.start, task))
+        with self.mode(training=True):
+            self._check_gradients(task)
+            if inner.parallel == "vmap":
+                self._check_mapped(task)
+
+    def _check_gradients(self, task: Task) -> None:
+        """Refuse what the query loss after a step does not depend on."""
+        with torch.enable_grad():
+            meta = self.meta().map(lambda value: value.clone().requires_grad_(True))
+            state, _ = self.problem.unrolled(meta, meta.start, task.support, 1)
+            loss = self.problem.query(meta.others, state, task)
+            own = self.problem.rule.extra(meta.start)
+            named = {**meta.start, **meta.others, **{n: meta.extra[n] for n in own}}
+            found = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
+        missing = [name for name, each in zip(named, found, strict=True) if each is None]
+        if missing:
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise ModelStateError(
+                f"{len(missing)} meta-parameters get no gradient, since the loss of a task does "
+                f"not depend on them: {listed}",
+                hint="freeze them with rules, or choose what is trained with model.unfreeze",
+            )
+
+    def _check_mapped(self, task: Task) -> None:
+        pair = Task(*({n: torch.stack([t, t]) for n, t in part.items()} for part in task))
+        meta = self.meta()
+        try:
+            torch.func.vmap(
+                lambda each: self.problem.gradient(meta.others, meta.start, meta.start, each)[0],
+                randomness="different",
+            )(pair.support)
+        except BUILD_ERRORS as error:
+            raise ModelStateError(
+                f"{type(self.model).__name__} cannot be mapped over tasks: {first_line(error)}",
+                hint="set inner.parallel: loop",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model fitted to one task.
+
+    Attributes:
+        learner: What it was adapted with.
+        meta: What it was adapted from.
+        state: The adapted parameters, as the estimator keeps them.
+    """
+
+    learner: Learner
+    meta: Meta
+    state: Tensors
+
+    @property
+    def values(self) -> Tensors:
+        """The adapted parameters as the model uses them, by name; of a posterior, its mean."""
+        learner = self.learner
+        if isinstance(learner.estimator, Bayesian):
+            mean = learner.estimator.posterior(self.state).mean
+            return learner.problem.values(self.meta.others, mean)
+        return learner.problem.values(self.meta.others, self.state)
+
+    def predict(self, samples: Batch) -> Tensor:
+        """Predictions for samples (N, ...): logits (N, ways), or values (N, outputs)."""
+        learner = self.learner
+        device, dtype = placement(learner.model)
+        given = _cast({name: tensor.to(device) for name, tensor in samples.items()}, dtype)
+        with torch.no_grad(), learner.mode(training=False):
+            return learner._predicted(self.meta, self.state, Task({}, given))  # pyright: ignore[reportPrivateUsage]
+
+
+def build_estimator(section: EstimatorConfig) -> Estimator:
+    """The estimator that a configuration names."""
+    if section.name == "first-order":
+        return FirstOrder()
+    if section.name == "truncated":
+        return Truncated(section.terms)
+    if section.name == "binomial":
+        return Binomial(section.terms, section.side_by_side)
+    if section.name == "implicit":
+        return Implicit(section.solver_steps)
+    if section.name == "bayesian":
+        return Bayesian(
+            section.kl_weight, section.draws, section.predictive_draws, section.solver_steps
+        )
+    return Unrolled()
+
+
+def split(batch: Batch, dtype: torch.dtype) -> Task:
+    """Support and query sets of a batch; floating-point samples as the model's weights are."""
+    parts = (
+        {name.removeprefix(p): t for name, t in batch.items() if name.startswith(p)}
+        for p in (SUPPORT, QUERY)
+    )
+    return Task(*(_cast(part, dtype) for part in parts))
+
+
+def one(tasks: Task, index: int) -> Task:
+    """One task of a batch."""
+    return Task(*({name: tensor[index] for name, tensor in part.items()} for part in tasks))
+
+
+def count(tasks: Task) -> int:
+    """Tasks in a batch."""
+    return len(next(iter(tasks.support.values())))
+
+
+def _cast(samples: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in samples.items()}
+
+
+def _names(model: nn.Module, where: Where | None) -> Names:
+    trained = [name for name, parameter in named_parameters(model) if parameter.requires_grad]
+    mapped = {name for each in mirrors.attached(model) for name in each.parameters}
+    movable = [name for name in trained if name not in mapped]
+    chosen = set(movable) if where is None else _selected(model, where) & set(movable)
+    if not chosen:
+        raise NoMatch(
+            "inner.where selects nothing that is trained"
+            if where is not None
+            else "no parameter of the model is trained, so that nothing can adapt",
+            hint="name modules whose parameters require gradients, such as {role: head}",
+        )
+    return Names(
+        tuple(name for name in trained if name in chosen),
+        tuple(name for name in trained if name not in chosen),
+    )
+
+
+def _selected(model: nn.Module, where: Where) -> set[str]:
+    """Names of the parameters of the modules that are meant."""
+    selection = select(ModelMap(model), where, None, _accepts)
+    if not selection.matched:
+        near = "; ".join(f"{path}: {why}" for path, why in selection.near)
+        raise NoMatch(
+            f"inner.where {where.dump()} selects nothing" + (f"; nearest: {near}" if near else ""),
+            hint="name modules that have parameters of their own, such as {role: head}",
+        )
+    return {
+        joined(site.path, name)
+        for site in selection.matched
+        for name, _ in (
+            named_parameters(site.module)
+            if site.parameter is None
+            else [(site.parameter, own_parameters(site.module)[site.parameter])]
+        )
+    }
+
+
+def _accepts(site: Site) -> Match:
+    if any(True for _ in cast("Any", site.module).parameters()):
+        return Match.yes("it has parameters")
+    return Match.no("it has no parameters")

@@ -1,0 +1,160 @@
+"""The meta-objective: the query loss after the inner loop, with its estimated gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import CheckpointError, TrainingError
+from surgery.train.adapt.learner import Batch, Learner
+from surgery.train.objectives.base import POSITION, Gather, Objective, alone, measured
+
+if TYPE_CHECKING:
+    from surgery.train.adapt.inner import Trace
+    from surgery.train.data.base import Data
+
+EVALUATION_SEED = 0
+"""Draws of an evaluation are the same each time, and do not move those of the training."""
+
+
+class MetaObjective(Objective):
+    """Query loss of tasks after the inner loop.
+
+    Args:
+        learner: Model and inner loop.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        inner = learner.config.inner
+        further = sorted({*learner.config.evaluate.inner_steps} - {inner.steps})
+        self._steps = (inner.steps, *further)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is meta-learned beside the model."""
+        return [*self.learner.extra.values()]
+
+    def loss(self, model: nn.Module, batch: Batch, *, step: int) -> Tensor:
+        """Mean query loss of the tasks of a batch; its gradient is the estimator's.
+
+        Raises:
+            TrainingError: an inner loop diverges; with the task, the inner step and the norm.
+        """
+        found = self.learner.estimated(batch)
+        self._check(found.trace, found.loss, batch, f"step {step}")
+        gradients = [value for part in found.gradient for value in part.values()]
+        parameters = self.learner.parameters()
+        return _Estimated.apply(found.loss.mean(), len(gradients), *gradients, *parameters)
+
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], *, gather: Gather = alone
+    ) -> dict[str, float]:
+        """Measure held-out tasks.
+
+        Returns:
+            Means over all tasks: ``loss``, and of classes ``accuracy`` and ``confidence``, after
+            the inner steps of the training; ``loss@3`` after other numbers of them.
+        """
+        names = self.learner.target.measures
+
+        def measure(batch: Batch) -> Tensor:
+            return self.learner.measured(batch, self._steps)
+
+        with torch.random.fork_rng():
+            torch.manual_seed(EVALUATION_SEED)  # pyright: ignore[reportUnknownMemberType]
+            *sums, tasks = measured(batches, measure, gather)
+        means = [each / tasks for each in sums]
+        keys = [f"{name}{self._after(k)}" for k in self._steps for name in names]
+        found = dict(zip(keys, means, strict=True))
+        broken = [key for key, value in found.items() if not math.isfinite(value)]
+        if broken:
+            raise TrainingError(
+                f"held-out tasks: the inner loop diverged, {broken[0]} is {found[broken[0]]}",
+                hint="lower inner.lr, or evaluate.inner_steps",
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is meta-learned beside the model."""
+        return {name: value.detach() for name, value in self.learner.extra.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``.
+
+        Raises:
+            CheckpointError: it is of another inner loop.
+        """
+        load_extra(self.learner, state)
+
+    def _after(self, steps: int) -> str:
+        return "" if steps == self._steps[0] else f"@{steps}"
+
+    def _check(self, trace: Trace, losses: Tensor, batch: Batch, when: str) -> None:
+        """Stop where an inner loop has diverged."""
+        fine = torch.isfinite(trace.losses) & torch.isfinite(trace.norms)
+        if bool(fine.all()) and bool(torch.isfinite(losses).all()):
+            return
+        steps = self.learner.problem.steps
+        task, k = _first(~fine, ~torch.isfinite(losses))
+        if k < steps:
+            loss, norm = float(trace.losses[task, k]), float(trace.norms[task, k])
+            seen = f"at inner step {k + 1} of {steps}: loss {loss:.4g}, norm of the gradient {norm:.4g}"
+            before = "" if k == 0 else f" (the step before: {float(trace.norms[task, k - 1]):.4g})"
+        else:
+            seen = f"after inner step {steps}: query loss {float(losses[task]):.4g}"
+            before = f" (norm of its gradient: {float(trace.norms[task, -1]):.4g})"
+        raise TrainingError(
+            f"{when}: the inner loop of task {int(batch[POSITION][task])} diverged {seen}{before}",
+            hint="lower inner.lr or inner.steps, or clip the meta-gradient: train.clip",
+        )
+
+
+def load_extra(learner: Learner, state: Mapping[str, Any]) -> None:
+    """Put back what is meta-learned beside a model.
+
+    Raises:
+        CheckpointError: it is of another inner loop or model.
+    """
+    if state.keys() != learner.extra.keys():
+        odd = sorted(state.keys() ^ learner.extra.keys())
+        raise CheckpointError(
+            f"what is meta-learned beside the model is of another inner loop: {len(odd)} tensors "
+            f"are in one of the two only, such as {odd[0]}",
+            hint="use the configuration that the run was started with",
+        )
+    with torch.no_grad():
+        for name, value in learner.extra.items():
+            value.copy_(state[name])
+
+
+def _first(*broken: Tensor) -> tuple[int, int]:
+    """Task and step of the first trouble: the smallest step, then the smallest task."""
+    whole = torch.cat([broken[0], broken[1].unsqueeze(1)], dim=1)
+    steps = torch.where(whole.any(1), whole.int().argmax(1), whole.shape[1])
+    task = int(steps.argmin())
+    return task, int(steps[task])
+
+
+class _Estimated(torch.autograd.Function):
+    """A loss whose gradient is given."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        gradients: Sequence[Tensor] = ctx.saved_tensors
+        return (None, None, *[None] * len(gradients), *(grad_outputs[0] * g for g in gradients))
+
+
+def example_of(data: Data) -> Batch:
+    """Two held-out tasks."""
+    from surgery.train.data.base import Place
+
+    return data.held_out.batch([Place(0, 0), Place(1, 1)])
