@@ -44,6 +44,7 @@ class Provenance(_Part):
         tensors: SHA-256 of each tensor of the model that was exported (dtype, shape, bytes).
         files: Every other file of the folder.
         agreement: How far the export's outputs were from the model's.
+        origin: Of what was converted from files: those files.
     """
 
     format: Literal[1] = FORMAT
@@ -57,6 +58,7 @@ class Provenance(_Part):
     tensors: dict[str, Sha256]
     files: dict[str, File]
     agreement: dict[str, Any]
+    origin: dict[str, File] = {}
 
 
 def files_of(folder: Path) -> dict[str, File]:

@@ -68,18 +68,61 @@ def load_adapter(
         Conflict: the model has an adapter of this name at one of the layers.
         ModelStateError: the model is compiled, wrapped or offloaded.
     """
-    source = files.read(FilePath(folder), _paths(model), prefix)
-    targets = _targets(model, source)
-    _check_stock(model, source)
-    planned = _plan(model, source, targets, adapter)
-    values = _values(model, source, planned, targets)
-    planned.apply()
+    read = prepare(model, folder, adapter=adapter, prefix=prefix)
+    _refuse_meta(model, read.plan)
+    read.plan.apply()
     try:
-        _fill(model, values, source)
+        _fill(model, read.values, read.source)
     except BaseException:
         undo(model, last=1)
         raise
     return model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that was read and fits, and is not in the model yet.
+
+    Attributes:
+        source: What was read.
+        plan: Puts such an adapter into the model.
+        values: Full name of every tensor that the plan adds → its value.
+    """
+
+    source: Source
+    plan: Plan
+    values: dict[str, Tensor]
+
+
+def prepare(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    adapter: str = "default",
+    prefix: str | None = None,
+) -> Prepared:
+    """Read and check what ``load_adapter`` loads. The model may lie on the meta device.
+
+    Copies of adapted base weights that came along are compared with the model's only where those
+    have values.
+    """
+    source = files.read(FilePath(folder), _paths(model), prefix)
+    targets = _targets(model, source)
+    _check_stock(model, source)
+    planned = _plan(model, source, targets, adapter)
+    return Prepared(source, planned, _values(model, source, planned, targets))
+
+
+def _refuse_meta(model: nn.Module, planned: Plan) -> None:
+    modules = dict(named_modules(model))
+    for edit in planned.edits:
+        for place in places_of(edit):
+            weight = own_parameters(modules[place.path]).get(place.parameter)
+            if weight is not None and weight.is_meta:
+                raise CheckpointError(
+                    f"{edit.site} is on the meta device, where an adapter has no values",
+                    hint="load the model's weights first",
+                )
 
 
 @dataclass(frozen=True)
@@ -136,11 +179,6 @@ def _holds_others(module: nn.Module) -> bool:
 def _target(module: nn.Module, entry: Entry, source: Source) -> _Target:
     parameter = _parameter(module, entry, source)
     weight = own_parameters(module).get(parameter or "weight")
-    if weight is not None and weight.is_meta:
-        raise CheckpointError(
-            f"{entry.path} is on the meta device, where an adapter has no values",
-            hint="load the model's weights first",
-        )
     name = joined(entry.path, parameter or "")
     rank = _rank(entry, weight if parameter is not None else None, source)
     dropout = 0.0 if parameter or isinstance(module, nn.Embedding) else source.config.dropout
@@ -235,7 +273,8 @@ def _check_stock(model: nn.Module, source: Source) -> None:
             )
     _check_ties(model, source)
     for name, tensor in source.base.items():
-        if not torch.equal(where[name].detach().cpu().to(tensor.dtype), tensor):
+        present = where[name].detach()
+        if not present.is_meta and not torch.equal(present.cpu().to(tensor.dtype), tensor):
             raise CheckpointError(
                 f"{source.where} holds another base weight for {name} than the model's",
                 hint="pass the model that the adapter was trained beside",

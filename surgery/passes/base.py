@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +93,9 @@ class Pass(ABC):
 
     name: ClassVar[str]
     needs_example: ClassVar[bool] = False
+    #: Whether ``begin`` depends on nothing but what the edit ``needs``, so that edits may be begun
+    #: in any order.
+    separable: ClassVar[bool] = False
 
     @abstractmethod
     def accepts(self, site: Site) -> Match:
@@ -115,6 +118,10 @@ class Pass(ABC):
             RuleError: an option does not suit a site, such as a rank larger than its matrix.
             Conflict: a site is in a state the pass cannot work on.
         """
+
+    def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
+        """What the person should think about before applying what was proposed."""
+        return ()
 
     def code(self, model: nn.Module, edit: Edit) -> Mapping[str, str]:
         """``Class.method`` → the Python that an edit would put in its place, for people to read."""
@@ -146,6 +153,10 @@ class Pass(ABC):
 
     def needs(self, edit: Edit) -> tuple[str, ...]:
         """Names of the stock tensors whose values ``begin`` reads or changes."""
+        return ()
+
+    def keeps(self, edit: Edit) -> tuple[str, ...]:
+        """Names of the stock tensors of which ``begin`` keeps a copy for undo."""
         return ()
 
     def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
@@ -214,3 +225,12 @@ def passes_of(operation: Operation) -> dict[str, Pass]:
     did = {edit.rule for edit in operation.edits}
     rules = Recipe.parse(operation.recipe).rules
     return {rule.id: cast("Pass", rule.options) for rule in rules if rule.id in did}
+
+
+def in_force(record: Record) -> Iterator[tuple[Pass, Edit, ApplyContext]]:
+    """Every edit of a log in order, with its pass and the context of its application."""
+    for operation in record.operations:
+        passes = passes_of(operation)
+        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
+        for edit in operation.edits:
+            yield passes[edit.rule], edit, context

@@ -105,6 +105,7 @@ class LowRank(Pass):
     """
 
     name: ClassVar[str] = "lowrank"
+    separable: ClassVar[bool] = True
 
     method: Annotated[str, AfterValidator(known_method)] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
@@ -467,7 +468,7 @@ class LowRank(Pass):
             if not use.hosting.readable and (how := self._touches):
                 raise RuleError(
                     f"method {self.method!r} {how} the weight, and that of {_label(use)} is "
-                    "quantised or parametrised",
+                    "quantised, parametrised or the dual of a mirror map",
                     hint="use a method that does not, such as lora",
                 )
             if method.scales_rows and use.hosting.host == "embedding":
@@ -510,6 +511,12 @@ class LowRank(Pass):
                 hint="call surgery.adapters.unmerge(model) first",
             )
         weight = joined(use.path, use.hosting.parameter)
+        if touches and any(f"the mirror map of {weight}" in edit.uses for edit in context.earlier):
+            raise Conflict(
+                f"method {self.method!r} {touches} {weight}, which an earlier rule makes the dual "
+                "of a mirror map",
+                hint="use a method that does not, such as lora",
+            )
         planned = [
             method_named(edit.payload["method"])
             for edit in context.earlier
@@ -611,6 +618,10 @@ class LowRank(Pass):
         """The weight, where the method reads or changes it."""
         place = places_of(edit)[0]
         return (joined(place.path, place.parameter),) if self._touches else ()
+
+    def keeps(self, edit: Edit) -> tuple[str, ...]:
+        """The weight, where a part is taken out of it and undo is done from memory."""
+        return self.needs(edit) if self.splits and self.keep_base == "memory" else ()
 
     def begin(self, model: nn.Module, edit: Edit, context: ApplyContext) -> Edit:
         """Give an adapter that was put in on the meta device its first values.
