@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -82,7 +82,7 @@ def run(model: nn.Module, example: Example, *, training: bool, gradients: bool =
 def count_flops(model: nn.Module, example: Example) -> int | None:
     """Floating-point operations of one forward in eval mode; None if it raises."""
     model.eval()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
     with seeded(model), buffers_put_back(model), torch.no_grad(), counter:
         try:
             model(*_fresh(example).args, **_fresh(example).kwargs)
@@ -91,12 +91,28 @@ def count_flops(model: nn.Module, example: Example) -> int | None:
     return counter.get_total_flops()
 
 
+def _grouped_mm_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the product that experts are computed with, which torch's counter does not know.
+
+    Args:
+        a: Rows of all groups, (M, K); or (groups, M, K).
+        b: (groups, K, N), or (K, N) where the groups are columns of ``a``.
+    """
+    rows = a[0] * a[1] if len(a) > 2 else a[0]
+    return 2 * rows * a[-1] * b[-1]
+
+
+#: Devices that have no generator besides the CPU's.
+_NO_DRAWS = ("cpu", "meta")
+_COUNTED = {torch.ops.aten._grouped_mm: _grouped_mm_flops}  # pyright: ignore[reportPrivateUsage]
+
+
 @contextmanager
 def seeded(model: nn.Module) -> Generator[None]:
     """Seed every generator a forward may draw from; put all of them back afterwards."""
     state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is what models use
     # A model on several devices has them of one kind.
-    devices = {tensor.device for tensor in model.parameters()} - {torch.device("cpu")}
+    devices = {each.device for each in model.parameters() if each.device.type not in _NO_DRAWS}
     kind = next((device.type for device in devices), "cuda")
     try:
         with _fork([device for device in devices if device.type == kind], device_type=kind):

@@ -202,6 +202,7 @@ class _Verification:
             return
         if self._on_meta():
             self.skip(NUMERIC, "the model is on the meta device, where tensors have no values")
+            self._on_paper(self.stock, given)
             return
         example = self._example(given)
         if example is None:
@@ -221,6 +222,19 @@ class _Verification:
         self._flops(new, self.stock, example)
         if base_eval is not None:
             self._insertions(example, base_eval)
+
+    def _on_paper(self, stock: nn.Module, given: Example | None) -> None:
+        """What shapes alone tell of a call."""
+        try:
+            example = infer_example(self.model) if given is None else given
+        except SourceError as error:
+            self.skip("FLOPs", f"no example to call the model with: {error.message}")
+            return
+        meta = torch.device("meta")
+        # Models look at the values of masks, and meta has none; the count is the same without.
+        calls = [example.to(meta), _without_masks(example).to(meta)]
+        call = next((each for each in calls if count_flops(stock, each) is not None), calls[0])
+        self._flops(sharing(self.model), stock, call)
 
     def _example(self, given: Example | None) -> Example | None:
         try:
@@ -285,6 +299,12 @@ class _Verification:
     def _on_meta(self) -> bool:
         tensors: Iterable[Tensor] = (*self.model.parameters(), *self.model.buffers())
         return any(tensor.device.type == "meta" for tensor in tensors)
+
+
+def _without_masks(example: Example) -> Example:
+    """A call without the arguments that are masks by their names."""
+    kept = {name: value for name, value in example.kwargs.items() if not name.endswith("mask")}
+    return Example(example.args, kept)
 
 
 def _shape(example: Example, other: Example) -> str:
