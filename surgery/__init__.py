@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from surgery import adapters, capture
+    from surgery import adapters, capture, mirrors
     from surgery.checkpoints import (
         KeyMap,
         keymap,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from surgery.interchange import load_adapter
     from surgery.passes.freeze import Freeze
     from surgery.passes.lowrank import LowRank
+    from surgery.passes.mirror import Mirror
     from surgery.passes.shortcuts import Shortcuts
     from surgery.passes.streams import parameter_groups, shortcuts
     from surgery.planning import Plan, apply, plan
@@ -105,6 +106,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.interchange": ("load_adapter",),
     "surgery.passes.freeze": ("Freeze",),
     "surgery.passes.lowrank": ("LowRank",),
+    "surgery.passes.mirror": ("Mirror",),
     "surgery.passes.shortcuts": ("Shortcuts",),
     "surgery.passes.streams": ("parameter_groups", "shortcuts"),
     "surgery.planning": ("Plan", "apply", "plan"),
@@ -128,7 +130,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.verification": ("Report", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_SUBMODULES = ("adapters", "capture")
+_SUBMODULES = ("adapters", "capture", "mirrors")
 
 __all__ = [
     "CaptureError",
@@ -147,6 +149,7 @@ __all__ = [
     "KeyMap",
     "Layers",
     "LowRank",
+    "Mirror",
     "ModelStateError",
     "NoMatch",
     "Path",
@@ -176,6 +179,7 @@ __all__ = [
     "load_adapter",
     "load_weights",
     "materialize",
+    "mirrors",
     "parameter_groups",
     "plan",
     "pretrain",

@@ -221,6 +221,7 @@ def plan(model: nn.Module, recipe: RecipeLike, *, example: Any = None) -> Plan:
         warnings.extend(f"rule {rule.id!r}: {text}" for text in chosen.warnings)
         context = PlanContext(model, sites, rule.id, wanted.seed, tuple(edits), record_of(model))
         proposed = _propose(rule, made, chosen, context)
+        warnings.extend(f"rule {rule.id!r}: {text}" for text in made.warnings(proposed, context))
         edits.extend(proposed)
         sites = sites.with_created(rule.id, [name for edit in proposed for name in edit.adds])
     return Plan(

@@ -82,6 +82,7 @@ PASSES = Registry(
     {
         "freeze": "surgery.passes.freeze:Freeze",
         "lowrank": "surgery.passes.lowrank:LowRank",
+        "mirror": "surgery.passes.mirror:Mirror",
         "shortcuts": "surgery.passes.shortcuts:Shortcuts",
     },
 )
@@ -101,6 +102,16 @@ ADAPTERS = Registry(
         "reflora-s": "architectures.adapters.reflora_s:RefLoRAS",
         "scalora": "architectures.adapters.scalora:ScaLoRA",
         "sorsa": "architectures.adapters.sorsa:SORSA",
+    },
+)
+MIRRORS = Registry(
+    "surgery.mirrors",
+    "map",
+    {
+        "block_iaf": "architectures.mirror.block_iaf:BlockIAF",
+        "diagonal": "architectures.mirror.diagonal:Diagonal",
+        "layer_iaf": "architectures.mirror.layer_iaf:LayerIAF",
+        "legendre": "architectures.mirror.legendre:Legendre",
     },
 )
 TOPOLOGIES = Registry(

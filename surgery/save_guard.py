@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.capture.graft import check_graftable, graft, grafts, stock_class, ungraft
 from surgery.errors import ExportError
-from surgery.passes.base import ApplyContext, passes_of
+from surgery.passes.base import in_force
 from surgery.record import Edit, Record, added_names, record_of
 from surgery.tree import named_modules
 
@@ -78,7 +78,7 @@ def guard(model: nn.Module, edits: Sequence[Edit]) -> None:
         model: The root.
         edits: All edits in force.
     """
-    sites = [edit.site for edit in edits]
+    sites = [name for edit in edits for name in (edit.site, *edit.uses)]
     for path, module in named_modules(model, duplicates=False):
         if not _publishes(stock_class(module)):
             continue
@@ -104,14 +104,9 @@ def check_unguardable(model: nn.Module) -> None:
 
 def not_baked(model: nn.Module, record: Record) -> list[Edit]:
     """The edits in force that the stock weights alone do not express."""
-    found: list[Edit] = []
-    for operation in record.operations:
-        passes = passes_of(operation)
-        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
-        found.extend(
-            edit for edit in operation.edits if not passes[edit.rule].baked(model, edit, context)
-        )
-    return found
+    return [
+        edit for made, edit, context in in_force(record) if not made.baked(model, edit, context)
+    ]
 
 
 @cache

@@ -8,9 +8,10 @@ the stock module.
 from surgery.passes.hosts.attach import Place, attach, check_free, detach
 from surgery.passes.hosts.bank import CHILD, Bank, Banks, Family, Mix, Override, bank_of, overrides
 from surgery.passes.hosts.folding import Fold, has_folded
-from surgery.passes.hosts.hosting import HOSTS, Hosting, hosting_of
+from surgery.passes.hosts.hosting import HOSTS, Hosting, hosting_of, is_plain
 from surgery.passes.hosts.merging import BEFORE_MERGE, merge_into, mergeable, take_out
 from surgery.passes.hosts.uses import Use, Uses
+from surgery.passes.hosts.weight import below, without_caches
 
 __all__ = [
     "BEFORE_MERGE",
@@ -28,12 +29,15 @@ __all__ = [
     "Uses",
     "attach",
     "bank_of",
+    "below",
     "check_free",
     "detach",
     "has_folded",
     "hosting_of",
+    "is_plain",
     "merge_into",
     "mergeable",
     "overrides",
     "take_out",
+    "without_caches",
 ]

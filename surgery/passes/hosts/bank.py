@@ -141,16 +141,7 @@ class Bank(nn.Module):
         An adapter that took its start out of the weight gives it back as far as it does not
         count, so that without any adapter the weight is the original one.
         """
-        # An adapter may be taken out by another thread at any moment.
-        found = [(self.adapters.get(name), share) for name, share in mix]
-        counting = [(adapter, share) for adapter, share in found if adapter is not None]
-        shares = dict(mix)
-        # A copy of a dict is made at once; a list of its items is not, if memory is collected.
-        for name, adapter in self.adapters.copy().items():
-            missing = 1.0 - shares.get(name, 0.0)
-            if adapter.beginning is not None and missing:
-                counting.append((adapter.beginning, missing))
-        return counting
+        return contributions(self.adapters, mix)
 
     def seal(self, result: Tensor, source: Tensor) -> Tensor:
         """Make activation checkpointing notice if the context's mix is gone when it recomputes.
@@ -194,6 +185,20 @@ class Bank(nn.Module):
 
 class Banks(nn.Module):
     """The banks of several parameters of one module, by the parameter's name."""
+
+
+def contributions(adapters: dict[str, Adapter], mix: Mix) -> list[tuple[Adapter, float]]:
+    """What a mix adds to a weight; see ``Bank.contributions``."""
+    # An adapter may be taken out by another thread at any moment.
+    found = [(adapters.get(name), share) for name, share in mix]
+    counting = [(adapter, share) for adapter, share in found if adapter is not None]
+    shares = dict(mix)
+    # A copy of a dict is made at once; a list of its items is not, if memory is collected.
+    for name, adapter in adapters.copy().items():
+        missing = 1.0 - shares.get(name, 0.0)
+        if adapter.beginning is not None and missing:
+            counting.append((adapter.beginning, missing))
+    return counting
 
 
 def bank_of(module: nn.Module, parameter: str = "weight") -> Bank | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from architectures.adapters import Adapter
-from surgery.passes.hosts.bank import bank_of
+from surgery.passes.hosts.bank import Bank, bank_of
 from surgery.passes.hosts.branch import add_branch, add_scaled_branch, in_dtype_of
 from surgery.passes.hosts.weight import changed_weight
 
@@ -37,23 +37,10 @@ class _ConvHost(_Conv):
         if bank is None:
             return super().forward(input)
         counting = bank.counting()
-        if _is_cheaper_folded(self, counting):
+        if is_cheaper_folded(self, counting):
             weight = changed_weight(bank, self.weight)
             return self._conv_forward(input, weight, self.bias)
-        plain = output = super().forward(input)
-        for adapter, share in counting:
-            branch = _branch(self, adapter, input)
-            if not adapter.scales_rows:
-                output = add_branch(output, branch, share * adapter.scaling)
-                continue
-            output = add_scaled_branch(
-                output,
-                branch,
-                adapter.scaling,
-                share=share,
-                gain=_per_channel(self, adapter.gain(bank.matrix.fold(self.weight))),
-                bare=plain if self.bias is None else plain - _per_channel(self, self.bias),
-            )
+        output = with_convolutions(self, bank, counting, input, super().forward(input))
         return bank.seal(output, input)
 
 
@@ -69,7 +56,40 @@ class Conv3dHost(_ConvHost, nn.Conv3d):
     """An ``nn.Conv3d`` with adapters. Stands right above it among its class's ancestors."""
 
 
-def _is_cheaper_folded(layer: nn.Conv2d, counting: list[tuple[Adapter, float]]) -> bool:
+def with_convolutions(
+    layer: nn.Conv2d,
+    bank: Bank,
+    counting: list[tuple[Adapter, float]],
+    x: Tensor,
+    plain: Tensor,
+) -> Tensor:
+    """What a convolution gives with the branches of its adapters.
+
+    Args:
+        layer: The convolution.
+        bank: Its adapters.
+        counting: Those that count, each with its share.
+        x: What it was called with, (batch, in, *positions) or without the batch.
+        plain: What it gave for it, (batch, out, *positions).
+    """
+    output = plain
+    for adapter, share in counting:
+        branch = _branch(layer, adapter, x)
+        if not adapter.scales_rows:
+            output = add_branch(output, branch, share * adapter.scaling)
+            continue
+        output = add_scaled_branch(
+            output,
+            branch,
+            adapter.scaling,
+            share=share,
+            gain=_per_channel(layer, adapter.gain(bank.matrix.fold(layer.weight))),
+            bare=plain if layer.bias is None else plain - _per_channel(layer, layer.bias),
+        )
+    return output
+
+
+def is_cheaper_folded(layer: nn.Conv2d, counting: list[tuple[Adapter, float]]) -> bool:
     """Whether to convolve with the changed weight.
 
     A branch of a grouped convolution has rank channels per group, many times the layer's own

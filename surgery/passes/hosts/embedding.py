@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from architectures.adapters import Adapter
 from surgery.passes.hosts.bank import bank_of
 from surgery.passes.hosts.branch import add_branch
 
@@ -19,18 +20,33 @@ class EmbeddingHost(nn.Embedding):
         bank = bank_of(self)
         if bank is None:
             return output
-        for adapter, share in bank.counting():
-            A, B = adapter.factors()
-            rows = functional.embedding(input, B)
-            if adapter.dropout:
-                rows = rows * _kept(rows, adapter.dropout, self.training)
-            branch = functional.linear(rows, A.t())
-            if self.padding_idx is not None:
-                # The padding row of an embedding is used and never trained.
-                padding = (input == self.padding_idx).unsqueeze(-1)
-                branch = torch.where(padding, branch.detach(), branch)
-            output = add_branch(output, branch, share * adapter.scaling)
+        output = with_lookups(self, bank.counting(), input, output)
         return bank.seal(output, output)
+
+
+def with_lookups(
+    layer: nn.Embedding, counting: list[tuple[Adapter, float]], indices: Tensor, output: Tensor
+) -> Tensor:
+    """What an embedding gives with its adapters.
+
+    Args:
+        layer: The embedding.
+        counting: The adapters that count, each with its share.
+        indices: What it was called with, (...).
+        output: What it gave for them, (..., dim).
+    """
+    for adapter, share in counting:
+        A, B = adapter.factors()
+        rows = functional.embedding(indices, B)
+        if adapter.dropout:
+            rows = rows * _kept(rows, adapter.dropout, layer.training)
+        branch = functional.linear(rows, A.t())
+        if layer.padding_idx is not None:
+            # The padding row of an embedding is used and never trained.
+            padding = (indices == layer.padding_idx).unsqueeze(-1)
+            branch = torch.where(padding, branch.detach(), branch)
+        output = add_branch(output, branch, share * adapter.scaling)
+    return output
 
 
 def _kept(rows: Tensor, dropout: float, training: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from surgery.passes.hosts.embedding import EmbeddingHost
 from surgery.passes.hosts.linear import LinearHost, OutputHost
 from surgery.passes.hosts.matmul import is_transposed
 from surgery.passes.hosts.weight import WeightHost
+from surgery.passes.links import is_mapped
 from surgery.select.sites import is_layer
 from surgery.tree import own_parameters
 
@@ -50,7 +51,8 @@ class Hosting:
         parameter: Name of the adapted parameter within the module.
         matrix: How it is read as a matrix.
         dtype: Of the tensors an adapter gets by default.
-        readable: Whether the weight's values can be read and changed; not if it is quantised.
+        readable: Whether the weight's values can be read and changed; not if it is quantised, or
+            the dual of a mirror map.
     """
 
     host: str
@@ -73,6 +75,13 @@ def hosting_of(module: nn.Module, parameter: str | None, *, read_outside: bool) 
         parameter: A parameter of a module that is no single layer; None for a layer's weight.
         read_outside: Whether another module computes with the weight.
     """
+    found = _found(module, parameter, read_outside=read_outside)
+    if isinstance(found, Hosting) and is_mapped(module, found.parameter):
+        return replace(found, readable=False)
+    return found
+
+
+def _found(module: nn.Module, parameter: str | None, *, read_outside: bool) -> Hosting | str:
     if isinstance(module, ParametrizationList):
         return "it lies behind a parametrization; the layer it belongs to is the site to adapt"
     if parameter is not None:

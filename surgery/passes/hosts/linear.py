@@ -38,7 +38,7 @@ class LinearHost(nn.Linear):
             output = _as_if_trained(self, input)
         else:
             output = nn.Linear.forward(self, input)
-        return bank.seal(_with_branches(self, bank, counting, input, output), input)
+        return bank.seal(with_branches(self, bank, counting, input, output), input)
 
 
 class OutputHost(_Module):
@@ -50,7 +50,7 @@ class OutputHost(_Module):
         bank = bank_of(self)
         if bank is None:
             return output
-        return bank.seal(_with_branches(self, bank, bank.counting(), input, output), input)
+        return bank.seal(with_branches(self, bank, bank.counting(), input, output), input)
 
 
 def _is_simple(adapter: Adapter, layer: nn.Linear, x: Tensor) -> bool:
@@ -106,13 +106,22 @@ def _as_if_trained(layer: nn.Linear, x: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _with_branches(
+def with_branches(
     layer: nn.Module,
     bank: Bank,
     counting: list[tuple[Adapter, float]],
     x: Tensor,
     plain: Tensor,
 ) -> Tensor:
+    """What a layer that computes ``W x + b`` gives with the branches of its adapters.
+
+    Args:
+        layer: The layer.
+        bank: Its adapters.
+        counting: Those that count, each with its share.
+        x: What the layer was called with, (..., in).
+        plain: What it gave for it, (..., out).
+    """
     output = plain
     for adapter, share in counting:
         A, B = adapter.factors()

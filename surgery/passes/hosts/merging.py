@@ -9,6 +9,7 @@ from architectures.adapters import Adapter
 from surgery.errors import ModelStateError
 from surgery.passes.hosts.bank import Bank, Mix
 from surgery.passes.hosts.hosting import is_plain
+from surgery.passes.links import is_mapped
 from surgery.tree import own_parameters
 
 #: Follows a weight's name in the edit log where the plain name is taken by a copy from before a
@@ -20,7 +21,8 @@ def mergeable(module: nn.Module, parameter: str, path: str) -> nn.Parameter:
     """The weight that adapters can be added into.
 
     Raises:
-        ModelStateError: it is quantised, computed by a parametrization, or has no values.
+        ModelStateError: it is quantised, computed by a parametrization or a mirror map, or has no
+            values.
     """
     weight = own_parameters(module).get(parameter)
     if weight is None:
@@ -29,6 +31,12 @@ def mergeable(module: nn.Module, parameter: str, path: str) -> nn.Parameter:
             "merged into it",
             hint="call torch.nn.utils.parametrize.remove_parametrizations first, or keep the "
             "adapters apart",
+        )
+    if is_mapped(module, parameter):
+        raise ModelStateError(
+            f"the {parameter} of {path} is the dual of a mirror map, and not what the model computes "
+            "with",
+            hint="bake the map in first, with a rule of pass: freeze, or keep the adapters apart",
         )
     if not is_plain(weight):
         raise ModelStateError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+M = TypeVar("M", bound=nn.Module)
 
 # (module, parameter, whether gradients are on) → the changed weight, while a forward runs.
 _Formed = dict[tuple[int, str, bool], Tensor]
@@ -48,8 +50,8 @@ class WeightHost(_Module):
             return super().forward(*args, **kwargs)
         token = _formed.set({})
         try:
-            module = _without_caches(self)
-            return _below(type(module), "forward")(module, *args, **kwargs)
+            module = without_caches(self)
+            return below(type(module), WeightHost, "forward")(module, *args, **kwargs)
         finally:
             _formed.reset(token)
 
@@ -57,7 +59,7 @@ class WeightHost(_Module):
         if torch.compiler.is_compiling():
             value: Any = super().__getattr__(name)
         else:
-            value = _below(type(self), "__getattr__")(self, name)
+            value = below(type(self), WeightHost, "__getattr__")(self, name)
         if name not in self.__dict__["_parameters"] or value is None or value.dim() < 2:
             return value
         bank = bank_of(self, name)
@@ -74,18 +76,18 @@ class WeightHost(_Module):
 
 
 @cache
-def _below(cls: type, name: str) -> Callable[..., Any]:
-    """What ``super()`` would find in a class from within the host.
+def below(cls: type, mixin: type, name: str) -> Callable[..., Any]:
+    """What ``super()`` would find in a class from within a mixin.
 
-    ``super()`` itself refuses an object from which another thread has just taken the host; what
+    ``super()`` itself refuses an object from which another thread has just taken the mixin; what
     it finds then is the stock class's.
     """
     order = cls.__mro__
-    start = order.index(WeightHost) + 1 if WeightHost in order else 0
+    start = order.index(mixin) + 1 if mixin in order else 0
     return next(vars(parent)[name] for parent in order[start:] if name in vars(parent))
 
 
-def _without_caches(module: WeightHost) -> WeightHost:
+def without_caches(module: M) -> M:
     """The module, or a stand-in that has everything of it but what its forwards remembered.
 
     Some attentions keep in a plain dict, while they evaluate, what they computed from a
