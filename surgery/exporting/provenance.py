@@ -44,6 +44,8 @@ class Provenance(_Part):
         tensors: SHA-256 of each tensor of the model that was exported (dtype, shape, bytes).
         files: Every other file of the folder.
         agreement: How far the export's outputs were from the model's.
+        added: Those of the tensors that rewrites added → id of the rule that did.
+        ties: Further names of a tensor → its name in ``tensors``.
         origin: Of what was converted from files: those files.
     """
 
@@ -58,36 +60,52 @@ class Provenance(_Part):
     tensors: dict[str, Sha256]
     files: dict[str, File]
     agreement: dict[str, Any]
+    added: dict[str, str] = {}
+    ties: dict[str, str] = {}
     origin: dict[str, File] = {}
 
 
 def files_of(folder: Path) -> dict[str, File]:
     """Size and SHA-256 of every file of a folder but ``surgery.json``."""
-    return {
-        path.name: File(bytes=path.stat().st_size, sha256=_sha256(path))
-        for path in sorted(folder.iterdir())
-        if path.name != NAME
-    }
+    return {path.name: file_of(path) for path in sorted(folder.iterdir()) if path.name != NAME}
+
+
+def beside(file: Path) -> Path:
+    """Where the provenance of an export that is one file lies."""
+    return file.with_name(f"{file.name}.{NAME}")
+
+
+def file_of(path: Path) -> File:
+    """Size and SHA-256 of a file."""
+    return File(bytes=path.stat().st_size, sha256=_sha256(path))
+
+
+def dump(provenance: Provenance) -> str:
+    """The text of ``surgery.json``; the last field is a checksum of all others."""
+    data = provenance.model_dump(mode="json")
+    data["checksum"] = checksum(data)
+    return json.dumps(data, indent=1) + "\n"
 
 
 def write(folder: Path, provenance: Provenance) -> None:
-    """Write ``surgery.json``; the last field is a checksum of all others."""
-    data = provenance.model_dump(mode="json")
-    data["checksum"] = checksum(data)
-    (folder / NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    """Write ``surgery.json``."""
+    (folder / NAME).write_text(dump(provenance), encoding="utf-8")
 
 
-def read(folder: Path) -> Provenance:
+def read(place: Path) -> Provenance:
     """The provenance of an export.
 
+    Args:
+        place: Its folder, or its one file.
+
     Raises:
-        ExportError: the folder holds none, or it was changed after it was written.
+        ExportError: there is none, or it was changed after it was written.
     """
-    path = folder / NAME
+    path = beside(place) if place.is_file() else place / NAME
     try:
         data: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ExportError(f"{folder} has no {NAME}, so surgery.export did not write it") from None
+        raise ExportError(f"there is no {path}, so surgery.export did not write it") from None
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is damaged: {error}") from None
     if not isinstance(data, dict) or cast("dict[str, Any]", data).get("kind") != "export":

@@ -25,7 +25,7 @@ from surgery.exporting.agreement import Agreement, outputs
 from surgery.exporting.base import Format
 from surgery.exporting.provenance import Provenance
 from surgery.preflight import preflight
-from surgery.record import record_of
+from surgery.record import added_names, record_of
 from surgery.registry import FORMATS, suggest
 from surgery.sources import Example, describe, infer_example
 from surgery.table import human_bytes, render
@@ -106,8 +106,9 @@ def export(
 
     What was written is loaded with the program it is for and its outputs are compared with the
     model's before it takes its place: an export that computes something else is never left
-    behind. A folder also gets ``surgery.json`` with the recipes, versions and hashes it was made
-    of. The model itself is not changed; what is exported is its forward in eval mode.
+    behind. ``surgery.json`` in the folder, or ``model.onnx.surgery.json`` beside the file, says of
+    which recipes, versions and tensors it was made. The model itself is not changed; what is
+    exported is its forward in eval mode.
 
     Args:
         model: A model with or without rewrites.
@@ -246,10 +247,12 @@ def _to_file(writer: Format, model: nn.Module, call: Example, target: Path) -> E
                 f"the export is more than one file: {', '.join(others)} beside {single.name}",
                 hint=f"give a folder: {target.with_suffix('')}",
             )
-        size = single.stat().st_size
+        entry = provenance.file_of(single)
+        told = _provenance(writer, model, {target.name: entry}, found)
         with files.beside(target) as place:
             single.replace(place)
-    return Exported(target, writer.name, {target.name: size}, found)
+    files.write(provenance.beside(target), provenance.dump(told))
+    return Exported(target, writer.name, {target.name: entry.bytes}, found)
 
 
 def _written(writer: Format, model: nn.Module, call: Example, work: Path) -> Agreement:
@@ -267,6 +270,8 @@ def _provenance(
     cls = stock_class(model)
     record = record_of(model)
     operations = [] if record is None else record.operations
+    held = take(model)
+    added = added_names(model)
     return Provenance(
         export=writer.name,
         options=_options(writer),
@@ -274,9 +279,11 @@ def _provenance(
         model_class=f"{cls.__module__}.{cls.__qualname__}",
         source=describe(model),
         recipes=[operation.recipe for operation in operations],
-        tensors=base_weights.digests(take(model).state),
+        tensors=base_weights.digests(held.state),
         files=entries,
         agreement=found.to_dict(),
+        added={name: added[name] for name in held.state if name in added},
+        ties={alias: name for alias, name in held.ties.items() if name in held.state},
     )
 
 

@@ -85,14 +85,18 @@ def test_a_folder_gets_files_and_provenance(tmp_path: Path) -> None:
     assert str(tmp_path / "out") in str(done)
 
 
-def test_a_file_is_the_export_alone(tmp_path: Path) -> None:
+def test_a_file_is_the_export_with_its_provenance_beside_it(tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
+    both = {"model.safetensors", "model.safetensors.surgery.json"}
     for _ in range(2):
-        export(target)
-    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+        done = export(target)
+    assert {each.name for each in tmp_path.iterdir()} == both
+    told = provenance.read(target)
+    assert told.files == {"model.safetensors": provenance.file_of(target)}
+    assert set(done.files) == {"model.safetensors"}
     with pytest.raises(surgery.ExportError, match="more than one file"):
         export(target, notes=True)
-    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {each.name for each in tmp_path.iterdir()} == both
 
 
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
