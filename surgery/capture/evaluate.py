@@ -140,8 +140,9 @@ def _given(value: Any) -> Answer:
 
 
 def _call_module(module: nn.Module, original: nn.Module, args: Any, kwargs: Any) -> Any:
-    buffers = {name: tensor.clone() for name, tensor in original.named_buffers()}
-    return torch.func.functional_call(module, buffers, args, kwargs)
+    tensors = {name: tensor.clone() for name, tensor in original.named_buffers()}
+    tensors.update(original.named_parameters())
+    return torch.func.functional_call(module, tensors, args, kwargs)
 
 
 def _off_meta(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "CHECKPOINT",
@@ -87,6 +88,20 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
+def own_composites(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own parameters that are made of several tensors, as quantised weights are."""
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_traceable_wrapper_subclass(parameter)
+    }
+
+
+def stand_in(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Have a tensor be read for one of the module's own parameters."""
+    cast("dict[str, Any]", module._parameters)[name] = tensor
+
+
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which tensors have no data, and real ones may take part."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -99,6 +114,14 @@ def fake_mode_of(tensors: list[torch.Tensor]) -> FakeTensorMode | None:
 
 def to_fake(mode: FakeTensorMode, tensor: torch.Tensor) -> FakeTensor:
     """The shape, dtype and device of ``tensor`` as a tensor without data."""
+    if is_traceable_wrapper_subclass(tensor):
+        # Made of several tensors, as quantised weights are. Its classes know the operators that
+        # their layers call and few others, and a shape is all that is asked of a fake.
+        with mode:
+            plain = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+        return cast("FakeTensor", plain)
     return mode.from_tensor(tensor.detach(), static_shapes=True)
 
 

@@ -143,7 +143,10 @@ class Tracer:
         return bool(running) and _ACTIVE.tracer is self
 
     def _shield_leaves(self) -> None:
-        """Give the leaves fake buffers: a leaf that runs may write to its own (BatchNorm)."""
+        """Give the leaves fake buffers: a leaf that runs may write to its own (BatchNorm).
+
+        Also fake weights for quantised ones, which know few of the operators of a fake run.
+        """
         modules = self._clones.by_path()
         leaf_paths = {path for path, module in modules if self._is_leaf(path, module)}
         for path, module in modules:
@@ -155,6 +158,8 @@ class Tracer:
                     self._names[id(fake)] = f"{path}.{name}" if path else name
                     private.own_buffers(module)[name] = fake
                     self._alive.append(fake)
+                for name, parameter in private.own_composites(module).items():
+                    private.stand_in(module, name, self._to_fake(parameter))
 
     # -- running -------------------------------------------------------------------------------
 
