@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from architectures.adapters import Method
 from surgery.errors import ModelStateError
-from surgery.passes.base import ApplyContext, passes_of
+from surgery.passes.base import in_force
 from surgery.passes.conversion import to_plain
 from surgery.passes.groups import parameter_groups
 from surgery.passes.hosts import (
@@ -274,14 +274,10 @@ def start(model: nn.Module) -> None:
     """
     root, record = rewritten(model)
     waiting = 0
-    for operation in record.operations:
-        passes = passes_of(operation)
-        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
-        for edit in operation.edits:
-            made = passes[edit.rule]
-            if isinstance(made, LowRank) and made.adapter in made.bank(root, edit, context).pending:
-                made.begin(root, edit, context)
-                waiting += 1
+    for made, edit, context in in_force(record):
+        if isinstance(made, LowRank) and made.adapter in made.bank(root, edit, context).pending:
+            made.begin(root, edit, context)
+            waiting += 1
     if not waiting:
         raise ModelStateError(
             "every adapter has its values already",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import ModelStateError
-from surgery.passes.base import ApplyContext, Pass, passes_of
+from surgery.passes.base import ApplyContext, Pass, in_force, passes_of
 from surgery.record import Edit, Operation, Record, record_of, set_record
 from surgery.save_guard import check_unguardable, guard
 from surgery.tree import named_parameters
@@ -84,11 +84,8 @@ def settle(model: nn.Module) -> None:
 
     For an adapter that was saved alone, loaded beside its stock weights.
     """
-    for operation in (record_of(model) or Record()).operations:
-        passes = passes_of(operation)
-        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
-        for edit in operation.edits:
-            passes[edit.rule].settle(model, edit, context)
+    for made, edit, context in in_force(record_of(model) or Record()):
+        made.settle(model, edit, context)
 
 
 def begin(model: nn.Module) -> None:
@@ -133,14 +130,7 @@ def note_state(model: nn.Module, record: Record) -> None:
 
 def bound(model: nn.Module, record: Record) -> list[Edit]:
     """The edits in force of which nothing is of use beside the original stock tensors."""
-    found: list[Edit] = []
-    for operation in record.operations:
-        passes = passes_of(operation)
-        context = ApplyContext(int(operation.recipe["seed"]), operation.kept)
-        found.extend(
-            edit for edit in operation.edits if passes[edit.rule].bound(model, edit, context)
-        )
-    return found
+    return [edit for made, edit, context in in_force(record) if made.bound(model, edit, context)]
 
 
 def undo(model: nn.Module, *, last: int | None = None) -> nn.Module:

@@ -16,6 +16,8 @@ from surgery.checkpoints import tensorfile
 from surgery.errors import CheckpointError, ConfigError, TrainingError
 from surgery.train import checkpoints, loop
 from surgery.train.config import PretrainConfig
+from surgery.train.data.base import Batch
+from surgery.train.objectives.language import Language
 from surgery.train.run import Run, pretrain
 from tests.train import tiny
 
@@ -34,6 +36,19 @@ def test_the_log_has_every_step_once(finished: Run):
         assert math.isfinite(line["loss"])
         assert line["grad_norm"] > 0
         assert line["tokens"] == line["step"] * 8 * 32
+
+
+def test_a_batch_in_one_part_is_not_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def weigh(_: Language, __: Batch) -> torch.Tensor:
+        raise AssertionError("weighed")
+
+    # As if samples had different lengths.
+    monkeypatch.setattr(Language, "weighed", property(lambda _: True, lambda _, __: None))
+    monkeypatch.setattr(Language, "weight", weigh)
+    corpus = tiny.corpus(tmp_path)
+    pretrain(tiny.language(corpus, "train.steps=2"), out=tmp_path / "whole")
+    with pytest.raises(AssertionError, match="weighed"):
+        pretrain(tiny.language(corpus, "train.accumulate=2"), out=tmp_path / "parts")
 
 
 def test_the_loss_falls(finished: Run):
