@@ -26,17 +26,14 @@ from surgery.errors import Conflict, ModelStateError
 from surgery.passes.hosts import Family, below, without_caches
 from surgery.passes.hosts.bank import COMPILER_SEES_CONTEXT
 from surgery.passes.hosts.branch import autocasting
-from surgery.passes.links import LINKS, links_of
+from surgery.passes.links import LINKS, MAPS, links_of
+from surgery.passes.streams import cover, uncover
 from surgery.tree import children, named_modules, own_parameters
 
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
-
-#: The child that holds maps: ``fc.mirror.weight`` maps ``fc.weight``, and ``mirror.0`` of the root
-#: several parameters together.
-CHILD = "mirror"
 
 # (dual, whether gradients are on) → the dual, kept alive, and its value, while a forward runs.
 _Memo = dict[tuple[int, bool], tuple[Tensor, Tensor]]
@@ -46,7 +43,10 @@ _unmapped: ContextVar[frozenset[int]] = ContextVar("surgery_unmapped", default=f
 
 
 class Mirrors(nn.Module):
-    """The maps of a module, by the parameter they map, or by number where they map several."""
+    """The maps of a module, by the parameter they map, or by number where they map several.
+
+    ``fc.mirror.weight`` maps ``fc.weight``, and ``mirror.0`` of the root several parameters.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,8 @@ def attach(root: nn.Module, holder: nn.Module, key: str, attachment: Attachment)
     if mirrors is None:
         mirrors = Mirrors()
         mirrors.train(holder.training)
-        holder.add_module(CHILD, mirrors)
+        cover(holder)
+        holder.add_module(MAPS, mirrors)
     mirrors.add_module(key, attachment.map)
     for index, (module, name) in enumerate(attachment.members):
         links = {**links_of(module), name: (attachment, index)}
@@ -286,7 +287,8 @@ def detach(root: nn.Module, holder: nn.Module, key: str) -> Attachment:
         del module.__dict__[LINKS]
     del mirrors.__dict__["_modules"][key]
     if not children(mirrors):
-        del holder.__dict__["_modules"][CHILD]
+        del holder.__dict__["_modules"][MAPS]
+        uncover(holder)
     if not attachments(root):
         ungraft(root, scope_of(stock_class(root)))
     return found
@@ -303,7 +305,7 @@ def attachments(model: nn.Module) -> list[Attachment]:
 
 def mirrors_of(holder: nn.Module) -> Mirrors | None:
     """The maps that a module holds."""
-    return cast("Mirrors | None", children(holder).get(CHILD))
+    return cast("Mirrors | None", children(holder).get(MAPS))
 
 
 def check_free(module: nn.Module, path: str) -> None:
@@ -313,13 +315,13 @@ def check_free(module: nn.Module, path: str) -> None:
         Conflict: the module has an attribute ``mirror`` of its own.
     """
     state = module.__dict__
-    if isinstance(state["_modules"].get(CHILD), Mirrors):
+    if isinstance(state["_modules"].get(MAPS), Mirrors):
         return
     registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
     inherited = (vars(cls) for cls in type(module).__mro__)
-    if any(CHILD in names for names in (*registered, *inherited)):
+    if any(MAPS in names for names in (*registered, *inherited)):
         raise Conflict(
-            f"{path or 'the model'} has an attribute {CHILD!r} of its own, which is where a map "
+            f"{path or 'the model'} has an attribute {MAPS!r} of its own, which is where a map "
             "would go",
             hint="rename it, or leave the module out with except:",
         )

@@ -1,4 +1,4 @@
-"""Which parameters of a module are duals of a mirror map: known to all passes, kept by ``duals``."""
+"""Which parameters of a module are duals of a mirror map; ``duals`` says what maps them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from torch import nn
 
+#: The child that holds the maps of a module.
+MAPS = "mirror"
 #: The attribute that says which parameters of a module are mapped, and by what.
 LINKS = "_surgery_mirror"
 
@@ -17,5 +19,5 @@ def links_of(module: nn.Module) -> Mapping[str, Any]:
 
 
 def is_mapped(module: nn.Module, parameter: str) -> bool:
-    """Whether a parameter of a module is a dual, so that its forward computes with another value."""
+    """Whether a parameter of a module is a dual: its forward computes with another value."""
     return parameter in links_of(module)

@@ -19,7 +19,6 @@ from architectures.mirror import MirrorMap
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.duals import (
-    CHILD,
     Attachment,
     Mirrors,
     attach,
@@ -30,7 +29,7 @@ from surgery.passes.duals import (
     mirrors_of,
 )
 from surgery.passes.hosts import bank_of, is_plain
-from surgery.passes.links import is_mapped
+from surgery.passes.links import MAPS, is_mapped
 from surgery.passes.methods import completed, known_map, map_named, method_named, tupled
 from surgery.record import Contract, Edit, TensorSpec
 from surgery.rules import Where, options
@@ -149,10 +148,11 @@ class Mirror(Pass):
         below = sum(math.prod(shape) for edit in edits for shape in _shapes(edit))
         if added <= below:
             return ()
-        return (
+        text = (
             f"the {self.map} maps have {human_count(added)} parameters, {added / below:.2g} times "
-            f"the {human_count(below)} that they map; {self._way_out()}",
+            f"the {human_count(below)} that they map; {self._way_out()}"
         )
+        return (text,)
 
     def frozen(
         self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
@@ -429,7 +429,7 @@ def _check_others(member: _Member, context: PlanContext) -> None:
             )
         _check_bank(member, member.module)
     for edit in context.earlier:
-        if edit.pass_name != "lowrank" or member.name not in edit.uses:
+        if "method" not in edit.payload or member.name not in edit.uses:
             continue
         method = edit.payload["method"]
         if edit.contract.kind != "exact" or _touches(method_named(method)):
@@ -489,7 +489,7 @@ def _is_there(model: nn.Module, made: Mapping[str, Any], context: ApplyContext) 
 
 
 def _prefix(made: Mapping[str, Any]) -> str:
-    return joined(made["holder"], CHILD, made["key"])
+    return joined(made["holder"], MAPS, made["key"])
 
 
 def _places(edit: Edit) -> list[tuple[str, str]]:

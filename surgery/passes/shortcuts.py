@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from architectures.shortcuts import Init, Topology
-from surgery.capture.graft import check_graftable, graft, stock_class, ungraft
+from surgery.capture.graft import check_graftable, stock_class
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.streams import (
@@ -27,17 +27,18 @@ from surgery.passes.streams import (
     Segments,
     Stream,
     check_released,
+    cover,
     drive,
     find_chains,
     find_runs,
     graft_blocks,
-    holder_mixin,
     plan_across,
     plan_driver,
     plan_sites,
     planned_code,
     release,
     segments_of,
+    uncover,
     ungraft_blocks,
     with_a_state,
 )
@@ -204,10 +205,8 @@ class Shortcuts(Pass):
             segments.train(holder.training)
         segment = self._drawn(edit, context).train(holder.training).to(_device(holder))
         segments.add_module(edit.payload["number"], segment)
-        mixin = holder_mixin(holder)
         if first:
-            if mixin is not None:
-                graft(holder, mixin)
+            cover(holder)
             holder.add_module(CHILD, segments)
         plans = _plans(edit)
         try:
@@ -216,7 +215,7 @@ class Shortcuts(Pass):
         except BaseException:
             ungraft_blocks(model, plans)
             if _take_out(holder, edit):
-                _uncover(holder)
+                uncover(holder)
             raise
 
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
@@ -227,7 +226,7 @@ class Shortcuts(Pass):
         last = _take_out(holder, edit)
         release(model, path)
         if last:
-            _uncover(holder)
+            uncover(holder)
 
     # -- planning ------------------------------------------------------------------------------
 
@@ -432,13 +431,6 @@ def _take_out(holder: nn.Module, edit: Edit) -> bool:
         return False
     del holder.__dict__["_modules"][CHILD]
     return True
-
-
-def _uncover(holder: nn.Module) -> None:
-    """Take off what hid the segments, once there are none."""
-    mixin = holder_mixin(holder)
-    if mixin is not None:
-        ungraft(holder, mixin)
 
 
 def _built(

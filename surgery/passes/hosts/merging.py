@@ -34,8 +34,7 @@ def mergeable(module: nn.Module, parameter: str, path: str) -> nn.Parameter:
         )
     if is_mapped(module, parameter):
         raise ModelStateError(
-            f"the {parameter} of {path} is the dual of a mirror map, and not what the model computes "
-            "with",
+            f"the {parameter} of {path} is a dual: the model computes with what a map makes of it",
             hint="bake the map in first, with a rule of pass: freeze, or keep the adapters apart",
         )
     if not is_plain(weight):

@@ -12,7 +12,7 @@ from surgery.passes.streams.drivers import (
     release,
 )
 from surgery.passes.streams.graph_driver import Captured
-from surgery.passes.streams.holders import holder_mixin
+from surgery.passes.streams.holders import cover, holder_mixin, uncover
 from surgery.passes.streams.ports import Stream
 from surgery.passes.streams.runs import Run, Runs, find_runs
 from surgery.passes.streams.segment import (
@@ -43,6 +43,7 @@ __all__ = [
     "Stream",
     "all_segments",
     "check_released",
+    "cover",
     "drive",
     "find_chains",
     "find_runs",
@@ -56,6 +57,7 @@ __all__ = [
     "release",
     "segments_of",
     "shortcuts",
+    "uncover",
     "ungraft_blocks",
     "with_a_state",
 ]

@@ -23,7 +23,8 @@ from surgery.passes.streams.graph_driver import (
     outermost_driver,
     plan_capture,
 )
-from surgery.passes.streams.segment import CHILD, segments_of
+from surgery.passes.streams.holders import blocks
+from surgery.passes.streams.segment import segments_of
 from surgery.tree import children, named_modules
 
 RUNTIME = "surgery.passes.streams.steps:begin"
@@ -302,7 +303,7 @@ def _members(holder: nn.Module, planned: Sequence[str]) -> tuple[str, ...]:
     if any("." in name for name in names):  # of lists inside the holder
         return tuple(names)
     if isinstance(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return tuple(name for name in children(holder) if name != CHILD)
+        return tuple(blocks(holder))
     return tuple(name for name in children(holder) if name in names)
 
 
