@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 from architectures.backbones.base import Backbone, Preset
@@ -42,7 +44,7 @@ class FourConvolutions(Backbone):
         self.input_shape = (in_chans, size, size)
         widths = (in_chans, *[filters] * _HALVINGS)
         self.blocks = nn.Sequential(
-            *(_block(before, after) for before, after in zip(widths, widths[1:], strict=False))
+            *(_block(before, after) for before, after in itertools.pairwise(widths))
         )
         self.head = nn.Linear(filters * (size >> _HALVINGS) ** 2, num_classes)
 
@@ -78,7 +80,7 @@ class Perceptron(Backbone):
         self.input_shape = (in_features,)
         widths = (in_features, *[width] * depth)
         self.layers = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip(widths, widths[1:], strict=False)
+            nn.Linear(before, after) for before, after in itertools.pairwise(widths)
         )
         self.head = nn.Linear(width, outputs)
 

@@ -137,6 +137,38 @@ class ScheduleConfig(Section):
     final: Fraction = 0.0
 
 
+class SamConfig(Section):
+    """Sharpness-aware minimisation (SAM, arXiv 2010.01412): two passes a step.
+
+    Attributes:
+        rho: How far the gradient is taken from the weights, uphill.
+    """
+
+    name: Literal["sam"]
+    rho: Positive = 0.05
+
+    @property
+    def theta(self) -> float:
+        """Nothing of earlier gradients is kept."""
+        return 1.0
+
+
+class VassoConfig(Section):
+    """SAM along a smoothed direction (VASSO, arXiv 2309.15639).
+
+    Attributes:
+        rho: How far the gradient is taken from the weights, uphill.
+        theta: Weight of the new gradient in the direction; 1 is SAM.
+    """
+
+    name: Literal["vasso"]
+    rho: Positive = 0.05
+    theta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+
+
+SharpnessConfig = Annotated[SamConfig | VassoConfig, Field(discriminator="name")]
+
+
 class TrainConfig(Section):
     """The loop.
 
@@ -145,6 +177,8 @@ class TrainConfig(Section):
         batch: Samples per optimizer step over all ranks and accumulation steps.
         accumulate: Forward passes per optimizer step on each rank.
         clip: Largest norm of the gradient; None does not clip.
+        sharpness: Takes the gradient uphill of the weights (SAM, VASSO), in two passes; None takes
+            it at the weights.
         precision: Autocast of the forward pass.
         parallel: How several ranks share the work: each holds the model (``ddp``), or a shard of
             it (``fsdp2``).
@@ -163,6 +197,7 @@ class TrainConfig(Section):
     batch: Count
     accumulate: Count = 1
     clip: Positive | None = None
+    sharpness: SharpnessConfig | None = None
     precision: Precision = "fp32"
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     device: Literal["auto", "cpu"] = "auto"
@@ -360,6 +395,12 @@ def step_problems(config: RunConfig) -> Iterator[Problem]:
             f"autocast to {train.precision} is for float32 weights, and model.dtype is "
             f"{config.model.dtype}",
             "leave one of the two at its default",
+        )
+    if train.sharpness is not None and train.precision == "fp16":
+        yield Problem(
+            ("train", "sharpness"),
+            "the losses of fp16 are scaled, and the gradient of the first pass with them",
+            "use train.precision: bf16 or fp32",
         )
     if schedule.warmup > train.steps:
         yield Problem(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from surgery import progress
 from surgery.passes.streams import shortcuts
+from surgery.train import randomness
 from surgery.train.engine import Engine, accelerate
+from surgery.train.statistics import unrecorded
 from surgery.train.watch import Blame, Watch, failure
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
+    from surgery.optim.sharpness import Ascent
     from surgery.train.config import RunConfig
     from surgery.train.data.base import Batch, Data
     from surgery.train.logs import RunLog
@@ -84,6 +87,7 @@ class Loop:
         data: What is trained and evaluated on.
         snapshot: Saves and loads all of it.
         watch: Judges every step.
+        ascent: Where the gradient is taken, if not at the weights.
         log: On the main rank.
         initial: Coefficients that training starts from, taken before the model was sharded.
         tell: Told a line for people, and of what kind it is; None says nothing.
@@ -103,6 +107,7 @@ class Loop:
     data: Data
     snapshot: Snapshot
     watch: Watch
+    ascent: Ascent | None
     log: RunLog | None
     initial: dict[str, Tensor]
     tell: Tell | None = None
@@ -183,15 +188,10 @@ class Loop:
 
     def _step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; the loss over this rank's samples, and the norm of the gradient."""
-        accumulate = self.config.train.accumulate
-        total: Tensor | None = None
-        for batch, weight in self._parts():
-            with self.accelerator.accumulate(self.model):
-                loss = self._loss(batch, step, weight)
-                self.accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None  # noqa: S101 - accumulate is at least 1
-        loss = total / accumulate
+        if self.ascent is None:
+            loss = self._gradients(self._parts(), step)
+        else:
+            loss = self._gradients_uphill(self.ascent, step)
         norm = self._gradient_norm()
         if self._judge(step, loss, norm):
             self.optimizer.step()
@@ -201,6 +201,30 @@ class Loop:
             self._pass_over()
         self.optimizer.zero_grad()
         return loss, norm
+
+    def _gradients(self, parts: Iterable[tuple[Batch, Tensor | None]], step: int) -> Tensor:
+        """Forward and backward passes over the parts of a batch; the mean loss."""
+        total: Tensor | None = None
+        for batch, weight in parts:
+            with self.accelerator.accumulate(self.model):
+                loss = self._loss(batch, step, weight)
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None  # noqa: S101 - accumulate is at least 1
+        return total / self.config.train.accumulate
+
+    def _gradients_uphill(self, ascent: Ascent, step: int) -> Tensor:
+        """The gradient at the top of an ascent from the weights; the loss at the weights.
+
+        Both passes see the same samples under the same dropout, and batch norms record the first.
+        """
+        parts = list(self._parts())
+        drawn = randomness.state()
+        loss = self._gradients(parts, step)
+        with ascent.climbed(), unrecorded(self.plain):
+            randomness.restore(drawn)
+            self._gradients(parts, step)
+        return loss
 
     def _loss(self, batch: Batch, step: int, weight: Tensor | None) -> Tensor:
         """The loss of a part of the batch, so that the mean over all parts is the batch's."""

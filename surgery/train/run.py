@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery import files, progress
 from surgery.checkpoints import save
 from surgery.errors import TrainingError
+from surgery.optim.sharpness import Ascent
 from surgery.passes.streams import shortcuts
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, check_shardable, wrapped_classes
@@ -140,11 +141,9 @@ class Job(ABC, Generic[C]):
 
     config: C
 
+    @abstractmethod
     def data(self) -> Data:
         """What is trained and evaluated on."""
-        from surgery.train.data import open_data
-
-        return open_data(self.config.data, seed=self.config.seed)
 
     @abstractmethod
     def model(self, data: Data) -> nn.Module:
@@ -187,6 +186,12 @@ class Pretraining(Job["PretrainConfig"]):
     """A model from random weights."""
 
     config: PretrainConfig
+
+    def data(self) -> Data:
+        """What the section ``data`` names."""
+        from surgery.train.data import open_data
+
+        return open_data(self.config.data, seed=self.config.seed)
 
     def model(self, data: Data) -> nn.Module:
         """From the seed of the configuration."""
@@ -288,6 +293,8 @@ def assembled(
     aim.start(plain)
     scaled = accelerator.scaler is not None
     watch = Watch(config.train, by_itself(optimizer, accelerator.device, scaled=scaled))
+    uphill = config.train.sharpness
+    ascent = uphill and Ascent(stepper.optimizer, rho=uphill.rho, theta=uphill.theta)
     randomness.seed_all(config.seed, accelerator.process_index)
     snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch, job.kept())
     return Loop(
@@ -304,6 +311,7 @@ def assembled(
         data=replace(data, notes=(*data.notes, *job.notes(plain))),
         snapshot=snapshot,
         watch=watch,
+        ascent=ascent,
         log=None,
         initial=initial,
         tell=tell,

@@ -152,9 +152,7 @@ class TaskRegression(Section):
     kind: Literal["regression"]
 
 
-TaskObjective = Annotated[
-    TaskClasses | TaskTexts | TaskRegression, Field(discriminator="kind")
-]
+TaskObjective = Annotated[TaskClasses | TaskTexts | TaskRegression, Field(discriminator="kind")]
 
 
 class AdaptEvaluate(EvaluateConfig):
@@ -296,6 +294,4 @@ def _training_problems(config: AdaptConfig) -> Iterator[Problem]:
             "leave train.on_nan out",
         )
     if train.parallel != "ddp":
-        yield Problem(
-            ("train", "parallel"), "tasks are adapted to in one process", "leave it out"
-        )
+        yield Problem(("train", "parallel"), "tasks are adapted to in one process", "leave it out")

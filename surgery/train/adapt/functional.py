@@ -9,7 +9,7 @@ which the inner loop never changes. Dropout is off unless it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -46,7 +46,8 @@ def episode_mode(model: nn.Module, statistics: Statistics, *, dropout: bool) -> 
         with ExitStack() as stack:
             stack.enter_context(unrecorded(model))
             stack.enter_context(mirrors.unmapped(model))
-            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+            math = sdpa_kernel([SDPBackend.MATH])
+            stack.enter_context(cast("AbstractContextManager[object]", math))
             yield
     finally:
         for module, training in modes:

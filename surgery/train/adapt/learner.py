@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery import mirrors
 from surgery.errors import ModelStateError, NoMatch, TrainingError
-from surgery.select import Match, ModelMap, Site, select
 from surgery.sources.libraries import BUILD_ERRORS
 from surgery.train.adapt.estimators import (
     Bayesian,
@@ -29,8 +29,9 @@ from surgery.train.adapt.inner import Meta, Problem, Task, Tensors, Trace
 from surgery.train.adapt.rules import RULES
 from surgery.train.adapt.targets import Target, build_target
 from surgery.train.adapt.tasks.episodes import QUERY, SUPPORT
+from surgery.train.finetune.assembly import chosen
 from surgery.train.objectives.base import first_line, placement
-from surgery.tree import joined, named_parameters, own_parameters
+from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
     from surgery.rules import Where
@@ -76,9 +77,7 @@ class Learner:
         NoMatch: ``inner.where`` selects nothing that is trained.
     """
 
-    def __init__(
-        self, config: AdaptConfig, facts: Facts, model: nn.Module, example: Batch
-    ) -> None:
+    def __init__(self, config: AdaptConfig, facts: Facts, model: nn.Module, example: Batch) -> None:
         device, dtype = placement(model)
         self.model = model
         self.config = config
@@ -89,11 +88,11 @@ class Learner:
         rule = RULES[config.inner.rule](config.inner.lr)
         task = one(split({n: t.to(device) for n, t in example.items()}, dtype), 0)
         self.target: Target = build_target(config.objective, facts, model, task.support)
-        self.problem = Problem(
-            self._loss, rule, config.inner.steps, self._primal, config.inner.proximal
-        )
+        # Without maps there is no need to look for them in every step.
+        primal = self._primal if mirrors.attached(model) else dict
+        self.problem = Problem(self._loss, rule, config.inner.steps, primal, config.inner.proximal)
         start = self.meta().start
-        learned = {**rule.extra(start), **self.estimator.extra(start, config.seed)}
+        learned = {**rule.learned(start), **self.estimator.learned(start, config.seed)}
         self.extra = {name: nn.Parameter(value) for name, value in learned.items()}
         self._try(task)
 
@@ -238,9 +237,10 @@ class Learner:
             meta = self.meta().map(lambda value: value.clone().requires_grad_(True))
             state, _ = self.problem.unrolled(meta, meta.start, task.support, 1)
             loss = self.problem.query(meta.others, state, task)
-            own = self.problem.rule.extra(meta.start)
+            own = self.problem.rule.learned(meta.start)
             named = {**meta.start, **meta.others, **{n: meta.extra[n] for n in own}}
-            found = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
+            grad = cast("Callable[..., list[Tensor | None]]", torch.autograd.grad)
+            found = grad(loss, [*named.values()], allow_unused=True)
         missing = [name for name, each in zip(named, found, strict=True) if each is None]
         if missing:
             listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -253,11 +253,9 @@ class Learner:
     def _check_mapped(self, task: Task) -> None:
         pair = Task(*({n: torch.stack([t, t]) for n, t in part.items()} for part in task))
         meta = self.meta()
+        gradient = partial(self.problem.gradient, meta.others, meta.start, meta.start)
         try:
-            torch.func.vmap(
-                lambda each: self.problem.gradient(meta.others, meta.start, meta.start, each)[0],
-                randomness="different",
-            )(pair.support)
+            torch.func.vmap(gradient, randomness="different")(pair.support)
         except BUILD_ERRORS as error:
             raise ModelStateError(
                 f"{type(self.model).__name__} cannot be mapped over tasks: {first_line(error)}",
@@ -338,44 +336,16 @@ def _cast(samples: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
 
 
 def _names(model: nn.Module, where: Where | None) -> Names:
-    trained = [name for name, parameter in named_parameters(model) if parameter.requires_grad]
-    mapped = {name for each in mirrors.attached(model) for name in each.parameters}
-    movable = [name for name in trained if name not in mapped]
-    chosen = set(movable) if where is None else _selected(model, where) & set(movable)
-    if not chosen:
+    trained = {name: p for name, p in named_parameters(model) if p.requires_grad}
+    of_maps = {name for each in mirrors.attached(model) for name in each.map_parameters}
+    movable = {name: p for name, p in trained.items() if name not in of_maps}
+    wanted = None if where is None else {id(p) for p in chosen(model, where, "inner.where")}
+    adapted = [n for n, p in movable.items() if wanted is None or id(p) in wanted]
+    if not adapted:
         raise NoMatch(
-            "inner.where selects nothing that is trained"
-            if where is not None
-            else "no parameter of the model is trained, so that nothing can adapt",
+            "no parameter of the model is trained, so that nothing can adapt"
+            if where is None
+            else f"inner.where {where.dump()} selects nothing that is trained",
             hint="name modules whose parameters require gradients, such as {role: head}",
         )
-    return Names(
-        tuple(name for name in trained if name in chosen),
-        tuple(name for name in trained if name not in chosen),
-    )
-
-
-def _selected(model: nn.Module, where: Where) -> set[str]:
-    """Names of the parameters of the modules that are meant."""
-    selection = select(ModelMap(model), where, None, _accepts)
-    if not selection.matched:
-        near = "; ".join(f"{path}: {why}" for path, why in selection.near)
-        raise NoMatch(
-            f"inner.where {where.dump()} selects nothing" + (f"; nearest: {near}" if near else ""),
-            hint="name modules that have parameters of their own, such as {role: head}",
-        )
-    return {
-        joined(site.path, name)
-        for site in selection.matched
-        for name, _ in (
-            named_parameters(site.module)
-            if site.parameter is None
-            else [(site.parameter, own_parameters(site.module)[site.parameter])]
-        )
-    }
-
-
-def _accepts(site: Site) -> Match:
-    if any(True for _ in cast("Any", site.module).parameters()):
-        return Match.yes("it has parameters")
-    return Match.no("it has no parameters")
+    return Names(tuple(adapted), tuple(name for name in trained if name not in set(adapted)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import CheckpointError, TrainingError
+from surgery.train import randomness
 from surgery.train.adapt.learner import Batch, Learner
 from surgery.train.objectives.base import POSITION, Gather, Objective, alone, measured
 
@@ -64,9 +65,12 @@ class MetaObjective(Objective):
         def measure(batch: Batch) -> Tensor:
             return self.learner.measured(batch, self._steps)
 
-        with torch.random.fork_rng():
-            torch.manual_seed(EVALUATION_SEED)  # pyright: ignore[reportUnknownMemberType]
+        drawn = randomness.state()
+        randomness.seed_all(EVALUATION_SEED, 0)
+        try:
             *sums, tasks = measured(batches, measure, gather)
+        finally:
+            randomness.restore(drawn)
         means = [each / tasks for each in sums]
         keys = [f"{name}{self._after(k)}" for k in self._steps for name in names]
         found = dict(zip(keys, means, strict=True))
@@ -102,11 +106,11 @@ class MetaObjective(Objective):
         task, k = _first(~fine, ~torch.isfinite(losses))
         if k < steps:
             loss, norm = float(trace.losses[task, k]), float(trace.norms[task, k])
-            seen = f"at inner step {k + 1} of {steps}: loss {loss:.4g}, norm of the gradient {norm:.4g}"
+            seen = f"at inner step {k + 1} of {steps}: loss {loss:.4g}, gradient norm {norm:.4g}"
             before = "" if k == 0 else f" (the step before: {float(trace.norms[task, k - 1]):.4g})"
         else:
             seen = f"after inner step {steps}: query loss {float(losses[task]):.4g}"
-            before = f" (norm of its gradient: {float(trace.norms[task, -1]):.4g})"
+            before = f" (gradient norm of that step: {float(trace.norms[task, -1]):.4g})"
         raise TrainingError(
             f"{when}: the inner loop of task {int(batch[POSITION][task])} diverged {seen}{before}",
             hint="lower inner.lr or inner.steps, or clip the meta-gradient: train.clip",

@@ -28,7 +28,7 @@ class StepRule(ABC):
     def update(self, extra: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> Tensors:
         """What is taken from the parameters: by name, of their shapes."""
 
-    def extra(self, parameters: Mapping[str, Tensor]) -> Tensors:
+    def learned(self, parameters: Mapping[str, Tensor]) -> Tensors:
         """What is meta-learned beside the parameters, as it starts; empty for nothing."""
         return {}
 
@@ -55,7 +55,7 @@ class PerParameter(StepRule):
         """``exp(s) ⊙ g``."""
         return {n: torch.exp(extra[self.PREFIX + n]) * value for n, value in gradient.items()}
 
-    def extra(self, parameters: Mapping[str, Tensor]) -> Tensors:
+    def learned(self, parameters: Mapping[str, Tensor]) -> Tensors:
         """``log lr`` for every scalar, in the parameters' shapes."""
         start = math.log(self.lr)
         return {self.PREFIX + n: torch.full_like(p, start) for n, p in parameters.items()}
@@ -76,7 +76,7 @@ class Preconditioned(StepRule):
         """``lr · g ×₁ M₁ ×₂ M₂ ×₃ M₃``."""
         return {name: self.lr * self._multiplied(extra, name, g) for name, g in gradient.items()}
 
-    def extra(self, parameters: Mapping[str, Tensor]) -> Tensors:
+    def learned(self, parameters: Mapping[str, Tensor]) -> Tensors:
         """Identities."""
         return {
             self._key(name, mode): torch.eye(size, dtype=p.dtype, device=p.device)
@@ -88,7 +88,7 @@ class Preconditioned(StepRule):
         value = gradient.reshape(_modes(gradient))
         for mode in range(value.dim()):
             matrix = extra[self._key(name, mode)]
-            value = torch.tensordot(matrix, value, dims=([1], [mode])).movedim(0, mode)
+            value = (value.movedim(mode, -1) @ matrix.mT).movedim(-1, mode)
         return value.reshape(gradient.shape)
 
     def _key(self, name: str, mode: int) -> str:

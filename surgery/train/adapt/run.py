@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from surgery.checkpoints import restore, save
+from surgery.checkpoints import restore
 from surgery.errors import CheckpointError, ConfigError
 from surgery.table import human_count
 from surgery.train.adapt.config import AdaptConfig

@@ -66,24 +66,35 @@ def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
     for parameter in fresh:
         parameter.requires_grad_(True)
     if section.unfreeze is not None:
-        _unfreeze(model, section.unfreeze)
+        for parameter in chosen(model, section.unfreeze, "model.unfreeze"):
+            parameter.requires_grad_(True)
     if config.train.checkpointing:
         recompute(model)
     return Built(model.train(), headed.new, before)
 
 
-def _unfreeze(model: nn.Module, where: Where) -> None:
+def chosen(model: nn.Module, where: Where, key: str) -> list[nn.Parameter]:
+    """The own parameters of the modules that a selection means.
+
+    Args:
+        model: The model.
+        where: As of a rule.
+        key: What an error calls it.
+
+    Raises:
+        NoMatch: it means none.
+    """
     selection = select(ModelMap(model), where, None, _accepts)
     if not selection.matched:
         raise NoMatch(
-            f"model.unfreeze {where.dump()} selects nothing{selection.nearest}",
+            f"{key} {where.dump()} selects nothing{selection.nearest}",
             hint="name modules that have parameters of their own, such as {role: norm}",
         )
+    found: list[nn.Parameter] = []
     for site in selection.matched:
         own = own_parameters(site.module)
-        chosen = own.values() if site.parameter is None else [own[site.parameter]]
-        for parameter in chosen:
-            parameter.requires_grad_(True)
+        found += own.values() if site.parameter is None else [own[site.parameter]]
+    return found
 
 
 def _accepts(site: Site) -> Match:

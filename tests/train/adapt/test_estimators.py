@@ -65,14 +65,17 @@ def case(kind: str, rule: str) -> tuple[Problem, Meta, Task]:
     others: dict[str, Tensor] = {}
     start = meta.start
     if kind == "mirrored":
-        others = {"map.s": 0.1 * torch.ones(4, 3, dtype=DOUBLE), "map.c": torch.tensor(0.7).double()}
+        others = {
+            "map.s": 0.1 * torch.ones(4, 3, dtype=DOUBLE),
+            "map.c": torch.tensor(0.7).double(),
+        }
         problem = replace(problem, primal=mirrored)
     if kind == "head":
         start, others = {"w2": start["w2"]}, {n: start[n] for n in ("w1", "b1")}
     draw = torch.Generator().manual_seed(1)
     extra = {
         n: t + 0.1 * torch.randn(t.shape, dtype=DOUBLE, generator=draw)
-        for n, t in problem.rule.extra(start).items()
+        for n, t in problem.rule.learned(start).items()
     }
     return problem, Meta(start, others, extra), task
 
@@ -257,7 +260,7 @@ def test_the_bayesian_gradient_is_unrolling_to_rest():
     problem, meta, task = case("plain", "shared")
     problem = replace(problem, rule=Shared(0.1), steps=2500)
     estimator = Bayesian(kl_weight=6.0, draws=3, solver_steps=80)
-    meta = meta._replace(extra={n: t + 9 for n, t in estimator.extra(meta.start, 0).items()})
+    meta = meta._replace(extra={n: t + 9 for n, t in estimator.learned(meta.start, 0).items()})
     torch.manual_seed(3)
     found = estimator(problem, meta, task)
     assert float(found.trace.norms[-1]) < 1e-10, "the inner loop has not come to rest"
@@ -293,7 +296,7 @@ def test_the_posterior_knows_more_than_the_prior():
     problem, meta, task = case("plain", "shared")
     problem = replace(problem, rule=Shared(0.05), steps=100)
     estimator = Bayesian(kl_weight=0.6, predictive_draws=4)
-    meta = meta._replace(extra={n: t + 9 for n, t in estimator.extra(meta.start, 0).items()})
+    meta = meta._replace(extra={n: t + 9 for n, t in estimator.learned(meta.start, 0).items()})
     prior, *_, last = (
         estimator.posterior(s) for s in estimator.adapted(problem, meta, task.support, 100)
     )

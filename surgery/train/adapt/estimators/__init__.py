@@ -1,11 +1,11 @@
 """Estimators of the meta-gradient, one a file.
 
-    unrolled      through every inner step: exact, memory grows with the steps
-    first_order   inner gradients are constants
-    truncated     through the last steps only
-    binomial      every product of at most L second derivatives (BinomGBML)
-    implicit      where the inner loop comes to rest (iMAML)
-    bayesian      the same of a posterior over the parameters (iBaML)
+- ``unrolled``: through every inner step; exact, memory grows with the steps
+- ``first_order``: inner gradients are constants
+- ``truncated``: through the last steps only
+- ``binomial``: every product of at most L second derivatives (BinomGBML)
+- ``implicit``: where the inner loop comes to rest (iMAML)
+- ``bayesian``: the same of a posterior over the parameters (iBaML)
 """
 
 from surgery.train.adapt.estimators.base import Estimate, Estimator

@@ -42,7 +42,7 @@ class Estimator(ABC):
             task: Support (N, ...) and query (M, ...) samples by name.
         """
 
-    def extra(self, parameters: Mapping[str, Tensor], seed: int) -> Tensors:
+    def learned(self, parameters: Mapping[str, Tensor], seed: int) -> Tensors:
         """What the estimator itself learns, as it starts; empty for nothing."""
         return {}
 

@@ -66,7 +66,7 @@ class Bayesian(Estimator):
     predictive_draws: int = 10
     solver_steps: int = 5
 
-    def extra(self, parameters: Mapping[str, Tensor], seed: int) -> Tensors:
+    def learned(self, parameters: Mapping[str, Tensor], seed: int) -> Tensors:
         """Logarithms of the prior's variances, between -10 and -9, from the seed."""
         generator = torch.Generator().manual_seed(seed)
         return {
@@ -92,7 +92,7 @@ class Bayesian(Estimator):
         )
 
         def force(others: Tensors, prior: Tensors, state: Tensors) -> Tensors:
-            return self._force(problem, others, prior, state, task.support, noise)[0]
+            return self._force(problem, others, prior, state, support=task.support, noise=noise)[0]
 
         _, pull = vjp(force, meta.others, prior, state)
         x = conjugate_gradients(
@@ -137,7 +137,9 @@ class Bayesian(Estimator):
     ) -> Tensor:
         """Predictions of draws from the posterior: (predictive_draws, M, ...)."""
         noise = _noise(meta.start, self.predictive_draws)
-        each = [_values(problem, meta.others, state, noise, i) for i in range(self.predictive_draws)]
+        each = [
+            _values(problem, meta.others, state, noise, i) for i in range(self.predictive_draws)
+        ]
         return torch.stack([predict(values) for values in each])
 
     def _weight(self, support: Tensors) -> float:
@@ -149,6 +151,7 @@ class Bayesian(Estimator):
         others: Tensors,
         prior: Tensors,
         state: Tensors,
+        *,
         support: Tensors,
         noise: Tensors,
     ) -> tuple[Tensors, Tensor]:
@@ -168,7 +171,7 @@ class Bayesian(Estimator):
         states, losses, norms = [prior], list[Tensor](), list[Tensor]()
         for _ in range(steps):
             gradient, energy = self._force(
-                problem, meta.others, prior, states[-1], support, noise
+                problem, meta.others, prior, states[-1], support=support, noise=noise
             )
             losses.append(energy)
             norms.append(norm(gradient))
@@ -226,9 +229,5 @@ def _curvature(prior: Tensors, state: Tensors, weight: float) -> Tensors:
     for name in (each.removeprefix(_MEAN) for each in state if each.startswith(_MEAN)):
         spread = prior[_LOG_VARIANCE + name]
         found[_MEAN + name] = weight * torch.exp(-spread)
-        found[_LOG_VARIANCE + name] = 0.5 * weight * torch.exp(
-            state[_LOG_VARIANCE + name] - spread
-        )
+        found[_LOG_VARIANCE + name] = 0.5 * weight * torch.exp(state[_LOG_VARIANCE + name] - spread)
     return found
-
-

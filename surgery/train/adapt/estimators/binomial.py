@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -108,9 +109,7 @@ class Products(Protocol):
         ...
 
 
-def cascade(
-    products: Products, states: Sequence[Tensors], outer: Tensors, terms: int
-) -> Sums:
+def cascade(products: Products, states: Sequence[Tensors], outer: Tensors, terms: int) -> Sums:
     """The parallel cascade: L rounds of independent products, each followed by a sum over steps.
 
     Round t has the steps up to K - t: later ones have no product of t factors behind them, so that
@@ -190,14 +189,14 @@ class _Products:
 
     def _transposed(self, row: Tensors) -> Tensors:
         """The step rule, transposed: it is linear, so that any point will do."""
-        _, pull = vjp(lambda gradient: self.problem.rule.update(self.meta.extra, gradient), row)
+        _, pull = vjp(partial(self.problem.rule.update, self.meta.extra), row)
         return pull(row)[0]
 
     def _at_once(
         self, states: Sequence[Tensors], rows: Sequence[Tensors]
     ) -> list[tuple[Tensors, Tensors]]:
         mapped = torch.func.vmap(self._one, chunk_size=self.side_by_side)
-        sideways, products = cast("tuple[Tensors, Tensors]", mapped(_stack(states), _stack(rows)))
+        sideways, products = mapped(_stack(states), _stack(rows))
         return list(zip(_split(sideways, len(rows)), _split(products, len(rows)), strict=True))
 
 
@@ -209,7 +208,7 @@ def _rule_gradient(
     if not extra:
         return total
     for gradient, row in zip(gradients, later, strict=True):
-        _, pull = vjp(lambda extra, g=gradient: problem.rule.update(extra, g), extra)
+        _, pull = vjp(partial(problem.rule.update, gradient=gradient), extra)
         total = added(total, pull(row)[0], -1.0)
     return total
 

@@ -1,4 +1,4 @@
-"""Conjugate gradients on tensors by name, of a fixed number of steps so that ``vmap`` can map it."""
+"""Conjugate gradients on tensors by name, of a fixed number of steps for ``vmap`` to map."""
 
 from __future__ import annotations
 

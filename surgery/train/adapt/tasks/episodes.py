@@ -56,7 +56,9 @@ class Episodes(Samples):
     ) -> None:
         self.pool = pool
         self.names = tuple(classes)
-        self.members = [np.asarray(indices, dtype=np.int64) for indices in classes.values()]
+        self.members: list[NDArray[np.int64]] = [
+            np.asarray(indices, dtype=np.int64) for indices in classes.values()
+        ]
         self.shape = shape
         self.seed = seed
         self.count = count
@@ -80,7 +82,7 @@ class Episodes(Samples):
         found: Batch = {"position": positions(places)}
         for name, tensor in read.items():
             if name != "position":
-                found |= self._parted(name, tensor.unflatten(0, drawn.shape))
+                found |= self._parted(name, tensor.reshape(*drawn.shape, *tensor.shape[1:]))
         return found | self._labels(len(places))
 
     def drawn(self, position: int) -> NDArray[np.int64]:
@@ -88,7 +90,7 @@ class Episodes(Samples):
         draw = np.random.default_rng([self.seed, position])
         chosen = draw.permutation(len(self.members))[: self.shape.ways]
         size = self.shape.shots + self.shape.queries
-        rows = [draw.permutation(self.members[c])[:size] for c in chosen]
+        rows = [draw.permutation(self.members[int(c)])[:size] for c in chosen]
         return np.stack(rows)
 
     def _parted(self, name: str, tensor: Tensor) -> Batch:
@@ -153,7 +155,7 @@ def divided(
         DataError: a name is unknown or given twice.
     """
     names = list(classes)
-    if isinstance(held_out, float):
+    if isinstance(held_out, int | float):
         count = min(max(round(held_out * len(names)), 1), len(names) - 1)
         chosen = set(names[len(names) - count :])
     else:

@@ -42,7 +42,9 @@ def open_labelled(config: LabelledTasks, *, seed: int) -> Data:
         )
     train, held_out = _pools(opened)
     classes = by_class(_labels(train), names)
-    return assembled(config, opened.facts, (train, held_out), divided(classes, config.held_out), seed)
+    return assembled(
+        config, opened.facts, (train, held_out), divided(classes, config.held_out), seed
+    )
 
 
 def open_arrays(config: ArrayTasks, *, seed: int) -> Data:
@@ -62,7 +64,7 @@ def open_arrays(config: ArrayTasks, *, seed: int) -> Data:
     indices = torch.tensor([found.index(int(label)) for label in labels])
     pool = MemorySamples(images, indices, evaluation(None, None), seed)
     held_out = config.held_out
-    chosen = held_out if isinstance(held_out, float) else [str(label) for label in held_out]
+    chosen = held_out if isinstance(held_out, int | float) else [str(label) for label in held_out]
     facts = Facts(config.kind, channels=images.shape[1], size=(images.shape[2], images.shape[3]))
     return assembled(config, facts, (pool, pool), divided(by_class(indices, names), chosen), seed)
 
