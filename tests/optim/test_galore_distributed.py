@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery.optim import GaLoreAdamW
+from tests.optim.two_ranks import batch, differing, half, network, on_two_ranks, train
 
-STEPS = 5
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+STEPS = range(5)
 
 
 def optimizer_of(model: nn.Module, group: Any = None) -> GaLoreAdamW:
@@ -32,17 +27,6 @@ def optimizer_of(model: nn.Module, group: Any = None) -> GaLoreAdamW:
         {"params": [layer.bias for layer in (tall, wide, last)]},
     ]
     return GaLoreAdamW(groups, lr=0.05, process_group=group)
-
-
-def batch(step: int) -> Tensor:
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-
-
-def train(model: Any, optimizer: GaLoreAdamW, part: slice) -> None:
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        model(batch(step)[part]).square().mean().backward()
-        optimizer.step()
 
 
 def held(model: nn.Module, optimizer: GaLoreAdamW) -> list[Tensor]:
@@ -56,16 +40,6 @@ def held(model: nn.Module, optimizer: GaLoreAdamW) -> list[Tensor]:
     return [*(parameter.detach() for parameter in model.parameters()), *state]
 
 
-def differing(tensors: list[Tensor]) -> int:
-    """How many of the tensors are not, bit for bit, those of the other rank."""
-    count = 0
-    for tensor in tensors:
-        both = [torch.empty_like(tensor) for _ in range(2)]
-        dist.all_gather(both, tensor.contiguous())
-        count += not torch.equal(*both)
-    return count
-
-
 def another_library(matrix: Tensor, *, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
     """An SVD as valid as torch's: other signs, and the leading pair turned as if degenerate."""
     u, s, vh = torch.linalg._stock_svd(matrix, full_matrices=full_matrices)
@@ -74,19 +48,17 @@ def another_library(matrix: Tensor, *, full_matrices: bool) -> tuple[Tensor, Ten
     return -u @ turn.mT, s, -(turn @ vh)
 
 
-def _rank(rank: int, port: int) -> None:
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    own = slice(4 * rank, 4 * rank + 4)
+def _check(rank: int) -> None:
+    own = half(rank)
     # `new_group` is for all ranks to call, for each of the groups.
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
 
     wrapped = DistributedDataParallel(network())
     optimizer = optimizer_of(wrapped)
-    train(wrapped, optimizer, own)
+    train(wrapped, optimizer, own, STEPS)
     assert differing(held(wrapped, optimizer)) == 0
     whole = network()
-    train(whole, optimizer_of(whole, alone), slice(None))
+    train(whole, optimizer_of(whole, alone), slice(None), STEPS)
     for ours, theirs in zip(wrapped.parameters(), whole.parameters(), strict=True):
         # Two means of four are averaged where the other takes one of eight; Adam divides by it.
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -96,12 +68,12 @@ def _rank(rank: int, port: int) -> None:
         torch.linalg.svd = another_library
     wrapped = DistributedDataParallel(network())
     optimizer = optimizer_of(wrapped)
-    train(wrapped, optimizer, own)
+    train(wrapped, optimizer, own, STEPS)
     assert differing(held(wrapped, optimizer)) == 0
     # The same without the exchange: what it is there for.
     apart = DistributedDataParallel(network())
     lonely = optimizer_of(apart, alone)
-    train(apart, lonely, own)
+    train(apart, lonely, own, STEPS)
     assert differing(held(apart, lonely)) > 0
     with pytest.raises(TypeError, match="pickle"):
         copy.deepcopy(lonely)  # not silently without its group
@@ -119,11 +91,7 @@ def _rank(rank: int, port: int) -> None:
     sharded(batch(0)).square().mean().backward()
     with pytest.raises(TypeError, match="DTensor"):
         lasting.step()
-    dist.destroy_process_group()
 
 
 def test_two_ranks_hold_the_same_bases_and_weights() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, args=(port,), nprocs=2)
+    on_two_ranks(_check)

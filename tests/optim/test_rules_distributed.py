@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import socket
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import surgery
 from surgery import LowRank, Rule, Type, adapters
+from tests.optim.two_ranks import batch, differing, half, network, on_two_ranks, train
 
 STEPS = 4
 METHODS = {
@@ -34,8 +33,7 @@ METHODS = {
 
 def rewritten(method: str) -> nn.Module:
     """A model with adapters none of whose factors is zero. An odd rank is sharded unevenly."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = network()
     options = LowRank(method=method, rank=3, alpha=6, options=METHODS[method])
     surgery.apply(model, Rule(options, where=Type("Linear")))
     with torch.no_grad():
@@ -44,37 +42,16 @@ def rewritten(method: str) -> nn.Module:
     return model
 
 
-def batch(step: int) -> Tensor:
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
-
-
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A large eps: Adam would divide rounding by rounding where gradients nearly vanish.
     return torch.optim.AdamW(trained, lr=0.02, eps=1e-2)
 
 
-def train(model: Any, optimizer: torch.optim.Optimizer, part: slice, steps: range) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        model(batch(step)[part]).square().mean().backward()
-        optimizer.step()
-
-
 def whole(model: nn.Module) -> list[Tensor]:
     """Trained tensors, gathered."""
     trained = [each.detach() for each in model.parameters() if each.requires_grad]
     return [each.full_tensor() if isinstance(each, DTensor) else each for each in trained]
-
-
-def differing(tensors: list[Tensor]) -> int:
-    """How many of the tensors are not, bit for bit, those of the other rank."""
-    count = 0
-    for tensor in tensors:
-        both = [torch.empty_like(tensor) for _ in range(2)]
-        dist.all_gather(both, tensor.contiguous())
-        count += not torch.equal(*both)
-    return count
 
 
 def close(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -121,12 +98,9 @@ def check_void(model: Any, optimizer: torch.optim.Optimizer, own: slice, rank: i
     assert all(torch.equal(a, b) for a, b in zip(whole(model), before, strict=True))
 
 
-def _rank(rank: int, port: int) -> None:
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def _check(rank: int) -> None:
     logging.getLogger("surgery").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    own = slice(4 * rank, 4 * rank + 4)
+    own = half(rank)
     for method in METHODS:
         alone = rewritten(method)
         optimizer = optimizer_of(alone)
@@ -134,11 +108,7 @@ def _rank(rank: int, port: int) -> None:
         train(alone, optimizer, slice(None), range(STEPS))
         check_ddp(method, own, whole(alone))
         check_fsdp(method, own, whole(alone), rank)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one_process_does() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank, args=(port,), nprocs=2)
+    on_two_ranks(_check)
