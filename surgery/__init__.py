@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         save,
         stock_weights,
     )
+    from surgery.conversion import Converted, convert
     from surgery.editing import undo
     from surgery.errors import (
         CaptureError,
@@ -86,6 +87,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "save",
         "stock_weights",
     ),
+    "surgery.conversion": ("Converted", "convert"),
     "surgery.errors": (
         "CaptureError",
         "CheckpointError",
@@ -138,6 +140,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "ContractBroken",
+    "Converted",
     "CreatedBy",
     "DataError",
     "Example",
@@ -171,6 +174,7 @@ __all__ = [
     "adapters",
     "apply",
     "capture",
+    "convert",
     "export",
     "finetune",
     "inspect",

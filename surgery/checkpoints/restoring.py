@@ -62,7 +62,7 @@ def restore(
     record = Record.from_dict(saved.record) if saved.record is not None else Record()
     _check_model(saved, model)
     manifest.check_files(path, saved)
-    _check_headers(path, saved)
+    check_headers(path, saved)
     if saved.base is not None and model is not None and not allow_other_base:
         base_weights.check(saved.base.tensors, take(model).state)
     target = _rebuild(path, saved, device) if model is None else model
@@ -186,7 +186,7 @@ def _load(path: Path, saved: Manifest, model: nn.Module) -> None:
     used: set[int] = set()
     total = sum(_nbytes(entry) for entry in wanted.values())
     with progress.task("loading", total, "bytes") as task:
-        for name, tensor in _tensors(path, wanted):
+        for name, tensor in tensors_of(path, wanted):
             task.advance(tensor.numel() * tensor.element_size())
             fill(where[name], tensor, used)
             used.add(id(where[name].tensor))
@@ -195,7 +195,7 @@ def _load(path: Path, saved: Manifest, model: nn.Module) -> None:
             tie(where[alias], where[name])
 
 
-def _check_headers(path: Path, saved: Manifest) -> None:
+def check_headers(path: Path, saved: Manifest) -> None:
     """Raise unless every file holds the tensors that surgery.json says it does."""
     sections = (saved.state, saved.transient, saved.kept)
     files = {entry.file for section in sections for entry in section.values()}
@@ -215,7 +215,7 @@ def _check_headers(path: Path, saved: Manifest) -> None:
                 raise CheckpointError(f"surgery.json gives {name} the strides {entry.stride}")
 
 
-def _tensors(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor on the CPU, file by file, laid out as it was saved."""
     by_file: dict[str, list[str]] = {}
     for name, entry in entries.items():
@@ -248,7 +248,7 @@ def _put_back(path: Path, saved: Manifest, record: Record, model: nn.Module) -> 
         module.training = saved.training != (name in otherwise)
     generation.put_back(model, saved.generation)
     where = dict(places(model))
-    for key, tensor in _tensors(path, saved.kept):
+    for key, tensor in tensors_of(path, saved.kept):
         index, _, name = key.partition("/")
         device = where[name].tensor.device if name in where else torch.device("cpu")
         record.operations[int(index)].kept[name] = tensor.to(device)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import change, data, export, look, names, runs, training
+from surgery.cli import change, convert, data, export, look, names, runs, training
 from surgery.terminal import OK
 
 __all__ = ["app", "main"]
@@ -51,6 +51,7 @@ app.command("apply")(change.apply)
 app.command("verify")(change.verify)
 app.command("undo")(change.undo)
 app.command("export")(export.export)
+app.command("convert")(convert.convert)
 app.command("schema")(names.schema)
 app.command("list")(names.list_names)
 app.command("pretrain")(training.pretrain)

@@ -74,8 +74,8 @@ class Copy(Job):
     def run(self, desk: Desk) -> None:
         """Copy in the kernel."""
         source, target = desk.source(self.path), desk.target(self.spot.file)
-        steps = streams.copy(source, self.start, self.stop, target, self.spot.start, self.path)
-        for count in steps:
+        place = {"start": self.start, "stop": self.stop, "at": self.spot.start}
+        for count in streams.copy(source, target, **place, path=self.path):
             desk.advance(count)
 
     def follows(self, other: Job) -> bool:

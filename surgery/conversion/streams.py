@@ -21,14 +21,14 @@ _BUFFER = 1 << 22
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
-def copy(source: int, start: int, stop: int, target: int, at: int, path: Path) -> Iterator[int]:
+def copy(source: int, target: int, *, start: int, stop: int, at: int, path: Path) -> Iterator[int]:
     """Copy bytes ``start`` to ``stop`` of one file to byte ``at`` of another.
 
     Args:
         source: Handle of the file that is read.
+        target: Handle of the file that is written.
         start: First byte.
         stop: Byte behind the last.
-        target: Handle of the file that is written.
         at: Where to.
         path: The file that is read, for messages.
 

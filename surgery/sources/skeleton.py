@@ -19,6 +19,7 @@ def parameters_on_meta() -> Generator[None]:
     given back untouched, so that a model of any size is built in the memory of its largest tensor,
     of which no page is written. Models are built by one thread at a time.
     """
+    patched = cast("Any", nn.Module)
     stock = cast("Callable[..., None]", nn.Module.register_parameter)
     moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
@@ -30,16 +31,16 @@ def parameters_on_meta() -> Generator[None]:
         _, empty = moved.setdefault(id(param), (param, _emptied(param)))
         cast("dict[str, Any]", module.__dict__["_parameters"])[name] = empty
 
-    nn.Module.register_parameter = register
+    patched.register_parameter = register
     try:
         yield
     finally:
-        nn.Module.register_parameter = stock
+        patched.register_parameter = stock
 
 
 def _emptied(parameter: nn.Parameter) -> nn.Parameter:
     empty = nn.Parameter(
         torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
     )
-    empty.__dict__.update(parameter.__dict__)
+    cast("dict[str, Any]", empty.__dict__).update(parameter.__dict__)
     return empty
