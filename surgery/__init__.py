@@ -70,6 +70,8 @@ if TYPE_CHECKING:
         Where,
     )
     from surgery.sources import Example, load
+    from surgery.train.adapt.config import AdaptConfig
+    from surgery.train.adapt.run import adapt
     from surgery.train.config import PretrainConfig
     from surgery.train.finetune.config import FinetuneConfig
     from surgery.train.finetune.run import finetune
@@ -125,6 +127,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "Where",
     ),
     "surgery.sources": ("Example", "load"),
+    "surgery.train.adapt.config": ("AdaptConfig",),
+    "surgery.train.adapt.run": ("adapt",),
     "surgery.train.config": ("PretrainConfig",),
     "surgery.train.finetune.config": ("FinetuneConfig",),
     "surgery.train.finetune.run": ("finetune",),
@@ -135,6 +139,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("adapters", "capture", "mirrors")
 
 __all__ = [
+    "AdaptConfig",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
@@ -171,6 +176,7 @@ __all__ = [
     "TrainingError",
     "Type",
     "Where",
+    "adapt",
     "adapters",
     "apply",
     "capture",

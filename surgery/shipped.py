@@ -39,3 +39,8 @@ def pretraining() -> dict[str, Path]:
 def finetuning() -> dict[str, Path]:
     """Shipped fine-tuning configurations by name, the name being the file's stem."""
     return {path.stem: path for path in sorted((configs() / "finetune").glob("*.yaml"))}
+
+
+def adaptations() -> dict[str, Path]:
+    """Shipped configurations of fast adaptation by name, the name being the file's stem."""
+    return {path.stem: path for path in sorted((configs() / "adapt").glob("*.yaml"))}

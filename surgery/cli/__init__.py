@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import change, convert, data, export, look, names, runs, training
+from surgery.cli import adapt, change, convert, data, export, look, names, runs, training
 from surgery.terminal import OK
 
 __all__ = ["app", "main"]
@@ -56,6 +56,7 @@ app.command("schema")(names.schema)
 app.command("list")(names.list_names)
 app.command("pretrain")(training.pretrain)
 app.command("finetune")(training.finetune)
+app.command("adapt")(adapt.adapt)
 app.command("sample")(runs.sample)
 app.command("plot")(runs.plot)
 app.add_typer(data.group)

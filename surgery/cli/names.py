@@ -76,7 +76,7 @@ def entries(kind: Kind) -> list[dict[str, str]]:
     if kind is Kind.RULES:
         return [{"name": name, "origin": str(path)} for name, path in shipped.rules().items()]
     if kind is Kind.CONFIGS:
-        found = {**shipped.pretraining(), **shipped.finetuning()}
+        found = {**shipped.pretraining(), **shipped.finetuning(), **shipped.adaptations()}
         return [{"name": name, "origin": str(path)} for name, path in found.items()]
     if kind is Kind.PRESETS:
         from surgery.sources import presets
