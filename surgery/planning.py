@@ -349,10 +349,9 @@ def _totals(model: nn.Module, edits: Sequence[Edit], passes: Mapping[str, Pass])
     for rule, made in passes.items():
         own = [edit for edit in edits if edit.rule == rule]
         frozen.update(made.frozen(model, own, created))
+    still = frozen.union(*(edit.removes for edit in edits))
     stock = dict(named_parameters(model, duplicates=False))
-    trainable = sum(
-        p.numel() for name, p in stock.items() if p.requires_grad and name not in frozen
-    )
+    trainable = sum(p.numel() for name, p in stock.items() if p.requires_grad and name not in still)
     return Totals(
         parameters=sum(p.numel() for p in stock.values()),
         added=sum(spec.numel for spec in added.values()),

@@ -95,6 +95,7 @@ class Edit:
         payload: What the pass needs to carry it out again, JSON-able.
         notes: Things the person should know, such as a weight that is shared.
         reversible: Whether undo can take it back.
+        removes: Full dotted names of the tensors that it takes away, which earlier edits added.
     """
 
     rule: str
@@ -107,6 +108,7 @@ class Edit:
     payload: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
     reversible: bool = True
+    removes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -122,6 +124,7 @@ class Edit:
         }
         fields["contract"] = Contract(**fields["contract"])
         fields["notes"] = tuple(fields["notes"])
+        fields["removes"] = tuple(fields.get("removes", ()))  # absent in logs of version 0.1
         return cls(**fields)
 
 
@@ -177,8 +180,16 @@ class Record:
 
     @property
     def added(self) -> dict[str, str]:
-        """Name of every tensor that the edits in force added → id of the rule that did."""
-        return {name: edit.rule for edit in self.edits for name in edit.adds}
+        """Name of every tensor that the edits in force added → id of the rule that did.
+
+        Those that a later edit removed are left out.
+        """
+        found: dict[str, str] = {}
+        for edit in self.edits:
+            found.update(dict.fromkeys(edit.adds, edit.rule))
+            for name in edit.removes:
+                found.pop(name, None)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data with the format's version."""

@@ -119,6 +119,13 @@ class Pass(ABC):
             Conflict: a site is in a state the pass cannot work on.
         """
 
+    def may_idle(self, edit: Edit) -> bool:
+        """Whether what it inserts can be connected and get a gradient of zero all the same.
+
+        A scale of numbers that are zero is such, and what lies behind a ReLU that is off.
+        """
+        return False
+
     def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
         """What the person should think about before applying what was proposed."""
         return ()

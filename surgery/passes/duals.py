@@ -118,7 +118,8 @@ def mapped(of: MirrorMap, duals: Sequence[Tensor], *, only: int | None = None) -
         for each in _surroundings(duals[0]):
             stack.enter_context(each)
         dtype = next(of.parameters()).dtype
-        given = [dual.to(dtype) for dual in duals]
+        # A view of what requires a gradient would require one even where there is none.
+        given = [(z if torch.is_grad_enabled() else z.detach()).to(dtype) for z in duals]
         if only is not None:
             return [_as_read(of.one(only, *given), duals[only])]
         values = cast("Sequence[Tensor]", of(*given))

@@ -1,10 +1,10 @@
-"""Learned shortcuts turned into constants, and the ones that hardly count left out."""
+"""What was learned turned into constants: shortcuts, and mirror maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from surgery.copies import buffers_put_back, sharing
 from surgery.errors import ModelStateError, RuleError, SourceError
+from surgery.passes.baking import (
+    bake,
+    check_unbakeable,
+    is_baking,
+    mapped_sites,
+    propose_baking,
+    unbake,
+)
 from surgery.passes.base import ApplyContext, Pass, PlanContext
 from surgery.passes.streams import CHILD, Fixed, Segment, all_segments, segments_of
 from surgery.record import Contract, Edit, TensorSpec
@@ -20,41 +28,51 @@ from surgery.select import Match, ModelMap, Site
 from surgery.tree import children
 
 FROZEN = "frozen"
+_NOTHING = "it is no block of a rewired stack and has no mirror map"
 
 
 @options
 class Freeze(Pass):
     """Contract ``exact`` with ``threshold: 0``, else ``changes``.
 
-    Turns the coefficients of rewired stacks into constants. Edges whose coefficient is smaller
-    than a threshold are dropped: states that no edge needs any more are not kept, and an exported
-    model has the others only. The plan says by how much that changes the output of the example.
+    Turns the coefficients of rewired stacks into constants, and bakes mirror maps into the
+    parameters that they map, which the model computes with directly from then on. Edges whose
+    coefficient is smaller than a threshold are dropped: states that no edge needs any more are not
+    kept, and an exported model has the others only. The plan says by how much that changes the
+    output of the example.
 
     Args:
         threshold: Edges with a coefficient of a smaller magnitude are dropped. The coefficient is
             that of the state in the sum that leaves a block, beside what the block itself adds.
+        keep_base: Whether the duals and the map are kept in ``memory``, for undo, when a map is
+            baked in; ``none`` keeps nothing, and the map is gone for good.
     """
 
     name: ClassVar[str] = "freeze"
 
     threshold: Annotated[float, Field(ge=0)] = 0.0
+    keep_base: Literal["memory", "none"] = "memory"
 
     def accepts(self, site: Site) -> Match:
         """Never: what was rewired is known only with the model, see ``chooser``."""
-        return Match.no("it is no block of a rewired stack")
+        return Match.no(_NOTHING)
 
     def chooser(self, sites: ModelMap, where: Where | None) -> Callable[[Site], Match]:
-        """Accepts the blocks of stacks that ``shortcuts`` rewired."""
+        """Accepts the blocks of stacks that ``shortcuts`` rewired, and what ``mirror`` mapped."""
         rewired = {
             _join(holder, member): segment
             for holder, _, segment in all_segments(sites.model)
             for member in segment.members
         }
 
+        mirrored = mapped_sites(sites.model)
+
         def accepts(site: Site) -> Match:
+            if site.path in mirrored:
+                return Match.yes("it has a mirror map")
             segment = rewired.get(site.path) if site.parameter is None else None
             if segment is None:
-                return Match.no("it is no block of a rewired stack")
+                return Match.no(_NOTHING)
             if segment.frozen is not None:
                 return Match.no("its shortcuts are frozen already")
             return Match.yes("it is a block of a rewired stack")
@@ -62,7 +80,7 @@ class Freeze(Pass):
         return accepts
 
     def propose(self, sites: Sequence[Site], context: PlanContext) -> Sequence[Edit]:
-        """One edit per rewired run of blocks, of which at least one was selected."""
+        """One edit per rewired run of blocks, and per map, of which at least one was selected."""
         chosen = {site.path for site in sites}
         found = [
             (holder, number, segment)
@@ -71,27 +89,36 @@ class Freeze(Pass):
         ]
         kept = [_kept(segment, self.threshold) for _, _, segment in found]
         change = self._change(context, found, kept)
-        return [
+        frozen = [
             self._edit(place, support, change, context)
             for place, support in zip(found, kept, strict=True)
         ]
+        return [*frozen, *propose_baking(sites, context, self.keep_base)]
 
     def frozen(
         self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
     ) -> Iterable[str]:
         """The coefficients that were learned."""
         for edit in edits:
+            if is_baking(edit):
+                continue
             prefix, segment = edit.payload["segment"], _segment(model, edit)
             for name, _ in segment.topology.named_parameters():
                 yield f"{prefix}.topology.{name}"
 
     def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
-        """Raise if the rewired stack is gone."""
+        """Raise if the rewired stack is gone, or a map cannot be put back."""
+        if is_baking(edit):
+            check_unbakeable(model, edit, context)
+            return
         if _segment(model, edit).frozen is None:
             raise ModelStateError(f"{edit.site} is no longer frozen")
 
     def apply(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
-        """Put the constants beside what they were computed from."""
+        """Put the constants beside what they were computed from, or into its place."""
+        if is_baking(edit):
+            bake(model, edit, context)
+            return
         segment = _segment(model, edit)
         support = tuple(tuple(row) for row in edit.payload["support"])
         weights = segment().detach()
@@ -105,8 +132,15 @@ class Freeze(Pass):
         return edit
 
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
-        """Let the coefficients be learned again, from where they are."""
+        """Let the coefficients be learned again, from where they are; put a map back."""
+        if is_baking(edit):
+            unbake(model, edit, context)
+            return
         _segment(model, edit).frozen = None
+
+    def baked(self, model: nn.Module, edit: Edit, context: ApplyContext) -> bool:
+        """Whether it baked a map in: the parameters alone compute what the model computes then."""
+        return is_baking(edit)
 
     def _edit(
         self,

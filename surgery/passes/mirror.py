@@ -31,7 +31,7 @@ from surgery.passes.duals import (
 from surgery.passes.hosts import bank_of, is_plain
 from surgery.passes.links import MAPS, is_mapped
 from surgery.passes.methods import completed, known_map, map_named, method_named, tupled
-from surgery.record import Contract, Edit, TensorSpec
+from surgery.record import Contract, Edit, TensorSpec, record_of
 from surgery.rules import Where, options
 from surgery.select import Match, ModelMap, Site
 from surgery.select.sites import is_layer
@@ -142,6 +142,10 @@ class Mirror(Pass):
             for path, together in alone.items()
         ]
 
+    def may_idle(self, edit: Edit) -> bool:
+        """Yes: it scales parameters, which are often zero, and encoders end with a ReLU."""
+        return True
+
     def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
         """That the maps have more parameters than what they map."""
         added = sum(spec.numel for edit in edits for spec in edit.adds.values())
@@ -168,7 +172,9 @@ class Mirror(Pass):
         """Raise if a map is gone, or a module was wrapped since."""
         for made in edit.payload["maps"]:
             mirrors = mirrors_of(context.module(model, made["holder"]))
-            if mirrors is None or made["key"] not in children(mirrors):
+            if mirrors is not None and made["key"] in children(mirrors):
+                continue
+            if not _was_baked(model, edit):
                 raise ModelStateError(
                     f"{edit.site} no longer has its mirror map",
                     hint="it was removed by other means than surgery.undo",
@@ -185,17 +191,29 @@ class Mirror(Pass):
         check_carrier(model, "")
         try:
             for made in edit.payload["maps"]:
-                holder = context.module(model, made["holder"])
-                members = tuple(
-                    (context.module(model, path), name) for path, name in made["members"]
-                )
-                built = self._build(edit, made, members, context)
-                attach(model, holder, made["key"], Attachment(built, members))
+                self.put(model, edit, made, context)
                 done.append(made)
         except BaseException:
             for made in reversed(done):
                 detach(model, context.module(model, made["holder"]), made["key"])
             raise
+
+    def put(
+        self, model: nn.Module, edit: Edit, made: Mapping[str, Any], context: ApplyContext
+    ) -> Attachment:
+        """Build one map of an edit and have its parameters read through it.
+
+        Args:
+            model: The model.
+            edit: The edit.
+            made: What its payload says of the map.
+            context: Of the application.
+        """
+        holder = context.module(model, made["holder"])
+        members = tuple((context.module(model, path), name) for path, name in made["members"])
+        attachment = Attachment(self._build(edit, made, members, context), members)
+        attach(model, holder, made["key"], attachment)
+        return attachment
 
     def revert(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Take the maps away; the parameters keep the values that they have as duals."""
@@ -481,6 +499,13 @@ def _number(context: PlanContext) -> str:
     while str(number) in taken:
         number += 1
     return str(number)
+
+
+def _was_baked(model: nn.Module, edit: Edit) -> bool:
+    """Whether a later edit took the maps away, and puts them back before this one is reverted."""
+    record = record_of(model)
+    removed = [name for each in (record.edits if record else ()) for name in each.removes]
+    return not set(edit.adds).isdisjoint(removed)
 
 
 def _is_there(model: nn.Module, made: Mapping[str, Any], context: ApplyContext) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.copies import same_bits, share_what_is_equal, sharing
 from surgery.editing import repeat, undo
@@ -83,6 +83,20 @@ def is_at_init(model: nn.Module, fresh: nn.Module, name: str) -> bool:
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     return one.device.type == "meta" or same_bits(one.detach(), other.detach())
+
+
+def was_at_init(model: nn.Module, fresh: nn.Module, name: str) -> bool:
+    """Whether an inserted tensor that was taken away again had what the seed gave it.
+
+    Both have the copy that undo puts back; without one nothing is known, which counts as no.
+    """
+    one, other = _kept(model, name), _kept(fresh, name)
+    return one is not None and other is not None and same_bits(one, other)
+
+
+def _kept(model: nn.Module, name: str) -> Tensor | None:
+    operations = (record_of(model) or Record()).operations
+    return next((each.kept[name] for each in operations if name in each.kept), None)
 
 
 def _versions(model: nn.Module) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.copies import sharing
+from surgery.passes.base import in_force
 from surgery.record import Record
 from surgery.sources import Example
 from surgery.verification.measure import Findings
@@ -50,7 +51,7 @@ class Probe:
             reason = "the original model cannot be called with the example"
             found.unchecked.append(Unchecked(REACH, reason))
             return found
-        names = [name for edit in self.record.edits for name in edit.adds]
+        names = list(self.record.added)
         trained = [name for name in names if isinstance(tensor_named(model, name), nn.Parameter)]
         result = self._randomised(model, trained)
         if result.error is not None:
@@ -60,6 +61,7 @@ class Probe:
         self._report_buffers(found, len(names) - len(trained))
         unreached = _unreached(result, trained)
         reached = len(trained) - len(unreached)
+        unreached = self._without_idle(found, unreached, result)
         loose = unreached
         if unreached and fresh is not None:
             afresh = _unreached(self._randomised(fresh, trained), trained)
@@ -82,6 +84,21 @@ class Probe:
                 _randomise(name, tensor)
                 tensor.requires_grad_(True)
         return run(copied, self.example, training=False, gradients=True)
+
+    def _without_idle(self, found: Findings, names: list[str], result: Run) -> list[str]:
+        """Set aside what is connected, and may get a gradient of zero all the same."""
+        idle = {
+            name
+            for made, edit, _ in in_force(self.record)
+            if made.may_idle(edit)
+            for name in edit.adds
+        }
+        off = [n for n in names if n in idle and result.gradients.get(n) is not None]
+        if off:
+            more = f" and {len(off) - 1} more" if len(off) > 1 else ""
+            reason = "connected, but it scales zeros, or a ReLU is off with these random values"
+            found.unchecked.append(Unchecked(REACH, f"{off[0]}{more}: {reason}"))
+        return [name for name in names if name not in off]
 
     def _report_buffers(self, found: Findings, count: int) -> None:
         if count:

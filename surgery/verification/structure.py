@@ -62,11 +62,10 @@ def ties(model: nn.Module, stock: nn.Module, inserted: AbstractSet[str]) -> Row:
 def log(model: nn.Module, record: Record, fresh: nn.Module | None) -> Row:
     """Whether the model carries what its edit log says: every tensor, every graft."""
     check = "edit log"
-    for edit in record.edits:
-        for name in edit.adds:
-            if tensor_named(model, name) is None:
-                detail = f"rule {edit.rule!r} inserted it, the model lacks it"
-                return Row(check, "broken", where=name, detail=detail)
+    for name, rule in record.added.items():
+        if tensor_named(model, name) is None:
+            detail = f"rule {rule!r} inserted it, the model lacks it"
+            return Row(check, "broken", where=name, detail=detail)
     if fresh is not None:
         modules = dict(named_modules(model))
         for path, expected in named_modules(fresh):

@@ -18,7 +18,7 @@ from surgery.sources import Example, infer_example, variants
 from surgery.table import human_count
 from surgery.tree import named_modules, named_parameters
 from surgery.verification import structure
-from surgery.verification.baseline import Undone, applied_again, is_at_init, undone
+from surgery.verification.baseline import Undone, applied_again, is_at_init, undone, was_at_init
 from surgery.verification.insertions import Probe
 from surgery.verification.measure import Bounds, Measured, compare_runs, measure
 from surgery.verification.report import Report, Row, Unchecked
@@ -117,7 +117,7 @@ class _Verification:
     @property
     def added(self) -> list[str]:
         """Names of the tensors that the edits in force added, one for each tensor."""
-        return [name for edit in self.record.edits for name in edit.adds]
+        return list(self.record.added)
 
     @cached_property
     def inserted(self) -> frozenset[str]:
@@ -186,14 +186,17 @@ class _Verification:
 
     def drift(self) -> None:
         """Whether what was inserted still has its first values."""
-        if self.fresh is None or not self.added:
+        gone = [name for edit in self.record.edits for name in edit.removes]
+        if self.fresh is None or not (self.added or gone):
             return
         moved = [name for name in self.added if not is_at_init(self.model, self.fresh, name)]
+        moved += [name for name in gone if not was_at_init(self.model, self.fresh, name)]
         if not moved:
             self.rows.append(Row("inserted tensors", "equal", detail="as the seed made them"))
             return
         self.drifted = True
-        detail = f"{len(moved)} of {len(self.added)} changed since they were inserted"
+        count = len(self.added) + len(gone)
+        detail = f"{len(moved)} of {count} changed since they were inserted"
         self.rows.append(Row("inserted tensors", "drift", where=moved[0], detail=detail))
 
     def numbers(self, given: Example | None) -> None:
