@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from surgery.passes.shortcuts import Shortcuts
     from surgery.passes.streams import parameter_groups, shortcuts
     from surgery.planning import Plan, apply, plan
+    from surgery.proving import Proof, prove
     from surgery.rules import (
         CreatedBy,
         Layers,
@@ -114,6 +115,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "surgery.passes.shortcuts": ("Shortcuts",),
     "surgery.passes.streams": ("parameter_groups", "shortcuts"),
     "surgery.planning": ("Plan", "apply", "plan"),
+    "surgery.proving": ("Proof", "prove"),
     "surgery.rules": (
         "CreatedBy",
         "Layers",
@@ -163,6 +165,7 @@ __all__ = [
     "Path",
     "Plan",
     "PretrainConfig",
+    "Proof",
     "Recipe",
     "Report",
     "Role",
@@ -193,6 +196,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "pretrain",
+    "prove",
     "restore",
     "save",
     "shortcuts",

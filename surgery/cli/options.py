@@ -81,6 +81,30 @@ Example = Annotated[
 Out = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        "--materialize",
+        metavar="DIR",
+        help="Rewrite the model on the meta device, then stream its weights from this folder of "
+        "safetensors: no second copy is ever in memory.",
+    ),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="SRC",
+        help="Prove from the files alone that everything in DIR is SRC's or made by a rule.",
+    ),
+]
+Merged = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        help="With --against: the adapter that was merged, where SRC does not hold it.",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(
