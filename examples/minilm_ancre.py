@@ -1,7 +1,7 @@
 """Give a pretrained sentence encoder learned shortcuts, and fine-tune it with and without them.
 
 The model is all-MiniLM-L6-v2 with its real weights, six BERT layers; the task and the texts are
-those of minilm_lora.py: which package of Python's standard library does a docstring come from?
+those of minilm.py: which package of Python's standard library does a docstring come from?
 
 Every layer's input feeds every later layer with a learned coefficient, as in ANCRe (arXiv
 2602.09009), from a start that changes nothing (which is not the authors': theirs is for models
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from minilm_lora import (
+from minilm import (
     BATCH,
     Demo,
     all_embeddings,

@@ -57,7 +57,7 @@ def parts(found: Found, most: int) -> tuple[Rows, Rows, Rows]:
         f"the standard library's source has {len(packages)} packages with enough docstrings",
         hint="this Python came without it; use data of kind records",
     )
-    mask = _masker(packages, found)
+    mask = masker(packages, found)
     shares = (most, max(1, most * 2 // 5), max(1, most * 2 // 5))
     train, validation, test = (
         Rows(
@@ -91,7 +91,7 @@ def _divided(modules: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]
     Modules are taken in the order of a hash of their names until a part is full; one that would
     overfill it is left to the next.
     """
-    left = sorted(modules, key=_fixed_order)
+    left = sorted(modules, key=fixed_order)
     room = sum(map(len, modules.values())) / _SHARE
     chosen = [_taken(left, modules, room) for _ in range(2)]
     return _texts(modules, left), _texts(modules, chosen[0]), _texts(modules, chosen[1])
@@ -109,15 +109,15 @@ def _taken(left: list[str], modules: Mapping[str, Sequence[str]], room: float) -
 
 
 def _texts(modules: Mapping[str, Sequence[str]], names: Sequence[str]) -> list[str]:
-    return sorted({text for name in names for text in modules[name]}, key=_fixed_order)
+    return sorted({text for name in names for text in modules[name]}, key=fixed_order)
 
 
-def _fixed_order(text: str) -> str:
+def fixed_order(text: str) -> str:
     """A sort key that looks random and is the same in every run."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _masker(packages: Sequence[str], found: Found) -> Callable[[str], str]:
+def masker(packages: Sequence[str], found: Found) -> Callable[[str], str]:
     """Replace what would give the answer away."""
     modules = {Path(name).stem for package in packages for name in found[package]}
     anywhere = "|".join(map(re.escape, packages))
