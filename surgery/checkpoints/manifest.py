@@ -8,13 +8,15 @@ import re
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from surgery import progress
 from surgery.errors import CheckpointError
+from surgery.untrusted.documents import parse_object, read_bytes
+from surgery.untrusted.paths import check_inside
 from surgery.version import __version__
 
 FORMAT = 1
@@ -126,6 +128,7 @@ def read(folder: Path) -> Manifest:
             ``surgery.json`` was damaged or changed.
     """
     path = folder / NAME
+    check_inside(path, folder)
     if not path.is_file():
         raise _not_ours(folder)
     data = _parse(path)
@@ -214,16 +217,9 @@ def _not_ours(folder: Path) -> CheckpointError:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than any model needs")
-    try:
-        loaded: object = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: not valid JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object")
-    return cast("dict[str, Any]", loaded)
+    # Infinities may stand in the configuration of a model.
+    data = read_bytes(path, limit=_MAX_BYTES)
+    return parse_object(data, f"{path} is damaged", infinities=True)
 
 
 def _check_format(path: Path, data: dict[str, Any]) -> None:
@@ -255,8 +251,8 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:
-    # A link could lead anywhere, and save writes none.
-    if path.is_symlink() or not path.is_file():
+    check_inside(path, path.parent)
+    if not path.is_file():
         raise CheckpointError(
             f"{path} is missing", hint="copy the folder again; surgery.json lists all its files"
         )

@@ -21,10 +21,11 @@ from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import Rewrites, rewrites_of
-from surgery.exporting.weights import write_weights
+from surgery.exporting.weights import SHARD, write_weights
 from surgery.record import record_of
 from surgery.rules.strict import options
 from surgery.sources import SOURCE_ATTRIBUTE, Example
+from surgery.untrusted.paths import check_inside
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -40,11 +41,13 @@ class Transformers(Format):
     Args:
         tokenizer: A folder whose tokenizer files are copied along; by default the folder the
             model was loaded from, if it has any.
+        max_shard_size: Bytes of the largest file of weights, as a number or as text.
     """
 
     name: ClassVar[str] = "transformers"
 
     tokenizer: str | None = None
+    max_shard_size: int | str = SHARD
 
     def misfit(self, model: nn.Module) -> str | None:
         """Models of other libraries, and rewrites that are no text."""
@@ -53,7 +56,7 @@ class Transformers(Format):
     def write(self, model: nn.Module, work: Path, example: Example) -> None:
         """Configuration, weights, and the modelling file if one is needed."""
         if _is_remote(model):  # brings its own modelling file along
-            cast("Any", model).save_pretrained(work)
+            cast("Any", model).save_pretrained(work, max_shard_size=self.max_shard_size)
             return
         rewrites = rewrites_of(model)
         config = cast("Any", model).config
@@ -63,7 +66,7 @@ class Transformers(Format):
         if rewrites.any:
             data |= self._remote(model, work, rewrites)
         remote.write_json(work / "config.json", data)
-        write_weights(model, work / "model.safetensors", rewrites.dropped)
+        write_weights(model, work, "model", rewrites.dropped, self.max_shard_size)
         if cast("Any", model).can_generate():
             cast("Any", model).generation_config.save_pretrained(work)
         for file in _tokenizer_files(self.tokenizer, model):
@@ -79,7 +82,7 @@ class Transformers(Format):
             load = f"transformers.{auto}.from_pretrained(folder)"
         body = f"import transformers\nmodel = {load}.eval()"
         consumer = f"{auto}.from_pretrained of transformers {version('transformers')}"
-        return apart.agrees(consumer, written, body, model, example)
+        return apart.agrees(consumer, model, apart.Job(written, body, example))
 
     def versions(self) -> dict[str, str]:
         """Of transformers."""
@@ -137,6 +140,9 @@ def _tokenizer_files(given: str | None, model: nn.Module) -> list[Path]:
     if place is None:
         return []
     found = [Path(place, name) for name in _TOKENIZER_FILES if Path(place, name).is_file()]
+    for path in found:
+        # A link could put a file of this machine's owner into what is published.
+        check_inside(path, Path(place), error=ExportError)
     if given is not None and not found:
         raise ExportError(f"{given} has no tokenizer files: none of {', '.join(_TOKENIZER_FILES)}")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.errors import CheckpointError
+from surgery.untrusted import documents
 
 _MAX_BYTES = 1 << 24
 #: Starts that leave the stock weight alone.
@@ -159,14 +159,11 @@ def parse(text: bytes, where: str) -> object:
     """What a JSON file holds.
 
     Raises:
-        CheckpointError: it is no JSON, or too large.
+        CheckpointError: it is no JSON by ``surgery.untrusted.documents``, or too large.
     """
     if len(text) > _MAX_BYTES:
         raise CheckpointError(f"{where} is {len(text)} bytes, expected at most {_MAX_BYTES}")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no JSON: {error}") from None
+    return documents.parse(text, where)
 
 
 def _check_pattern(pattern: str, where: str) -> None:

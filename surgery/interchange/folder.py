@@ -19,6 +19,8 @@ from torch import Tensor
 from surgery.checkpoints import tensorfile
 from surgery.errors import CheckpointError
 from surgery.interchange.adapter_config import AdapterConfig, parse
+from surgery.untrusted.documents import read_bytes
+from surgery.untrusted.paths import check_inside
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -97,6 +99,7 @@ def read(path: Path, components: Iterable[str], prefix: str | None) -> Source:
     if (path / CONFIG).is_file():
         return _of_peft(path)
     if (path / DIFFUSERS_WEIGHTS).is_file():
+        check_inside(path / DIFFUSERS_WEIGHTS, path)
         return _of_diffusers(path / DIFFUSERS_WEIGHTS, set(components), prefix)
     _refuse_pickles(path)
     present = ", ".join(sorted(each.name for each in path.iterdir())[:6]) or "nothing"
@@ -117,10 +120,11 @@ def _refuse_pickles(path: Path) -> None:
 
 
 def _of_peft(path: Path) -> Source:
-    config = AdapterConfig.read(
-        parse((path / CONFIG).read_bytes(), str(path / CONFIG)), str(path / CONFIG)
-    )
+    check_inside(path / CONFIG, path)
+    text = read_bytes(path / CONFIG)
+    config = AdapterConfig.read(parse(text, str(path / CONFIG)), str(path / CONFIG))
     weights = path / WEIGHTS
+    check_inside(weights, path)
     if not weights.is_file():
         _refuse_pickles(path)
         raise CheckpointError(f"{path} has a {CONFIG} and no {WEIGHTS}")

@@ -35,6 +35,8 @@ from surgery.checkpoints.swap import replacing, tidy
 from surgery.errors import CheckpointError
 from surgery.table import human_bytes
 from surgery.train.pack import Flat, pack, unpack
+from surgery.untrusted.documents import parse, read_bytes
+from surgery.untrusted.paths import check_inside, plain_name
 
 FORMAT = 1
 STATE = "state.json"
@@ -59,6 +61,10 @@ FREE = (
     "train.timeout",
     "train.workers",
 )
+
+
+#: What ``state.json`` says.
+_STATE = ("format", "step", "seconds", "ranks", "sharded", "extra", "config", "files")
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> Flat:
-    """Read one safetensors file into memory of its own."""
+    """Read one safetensors file into memory of its own.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or a link out of its folder.
+    """
+    check_inside(path, path.parent)
     return dict(tensorfile.read(path, tensorfile.contents(path)))
 
 
@@ -173,12 +184,10 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing, damaged, or a link out of its folder.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    check_inside(path, path.parent)
+    return parse(read_bytes(path), str(path), infinities=True)
 
 
 def seal(folder: Path, progress: Progress, config: Mapping[str, Any]) -> None:
@@ -194,12 +203,16 @@ def read_progress(folder: Path) -> tuple[Progress, dict[str, Any]]:
     Raises:
         CheckpointError: it is of a newer format, or damaged.
     """
-    data = read_json(folder / STATE)
-    if data["format"] != FORMAT:
+    loaded = read_json(folder / STATE)
+    data = cast("dict[str, Any]", loaded) if isinstance(loaded, dict) else {}
+    if data.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{folder} has format {data['format']}, and this version reads {FORMAT}",
             hint="resume with the version of surgery that wrote it",
         )
+    missing = [name for name in _STATE if name not in data]
+    if missing:
+        raise CheckpointError(f"{folder / STATE} is damaged: it has no {missing[0]!r}")
     progress = Progress(
         data["step"], data["seconds"], data["ranks"], data["sharded"], data["extra"]
     )
@@ -258,10 +271,13 @@ def _named(path: Path) -> re.Match[str] | None:
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there at its size."""
     try:
-        data = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        data = read_json(folder / STATE)
         sizes: Mapping[str, int] = data["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        return all(
+            (folder / plain_name(name, str(folder))).stat().st_size == size
+            for name, size in sizes.items()
+        )
+    except (OSError, CheckpointError, KeyError, TypeError, AttributeError):
         return False
 
 

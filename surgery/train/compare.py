@@ -25,6 +25,7 @@ from surgery import files
 from surgery.errors import ConfigError, TrainingError
 from surgery.train.views.equal import Saving, savings
 from surgery.train.views.runs import CONFIG, Group, Record, read_run
+from surgery.untrusted.documents import read_object
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -546,7 +547,7 @@ def _busy(record: Record) -> Iterator[str]:
 
 def _measured(folder: Path) -> dict[str, Any]:
     path = folder / MEASURED
-    return cast("dict[str, Any]", json.loads(path.read_bytes())) if path.is_file() else {}
+    return read_object(path, error=TrainingError) if path.is_file() else {}
 
 
 def _line(row: Row, metrics: Sequence[str]) -> list[str]:

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from torch import Tensor
 
+from surgery.errors import TrainingError
 from surgery.train.views import matrix_image
+from surgery.untrusted.documents import parse_object
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -98,7 +100,7 @@ def lines(out: Path) -> Iterator[dict[str, Any]]:
         for text in file:
             if not text.endswith("\n"):
                 return
-            yield cast("dict[str, Any]", json.loads(text))
+            yield parse_object(text.encode(), str(path), error=TrainingError)
 
 
 def rewind(out: Path, step: int) -> None:

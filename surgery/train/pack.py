@@ -33,17 +33,39 @@ def pack(state: object, name: str) -> tuple[Any, Flat]:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What ``pack`` was given."""
+    """What ``pack`` was given.
+
+    Raises:
+        CheckpointError: the JSON is not what ``pack`` makes, or names a tensor that is not there.
+    """
     if isinstance(packed, dict):
-        (kind, value), *_ = cast("dict[str, Any]", packed).items()
-        if kind == "tensor":
-            return tensors[value]
-        if kind == "tuple":
-            return tuple(unpack(item, tensors) for item in value)
-        return {key: unpack(item, tensors) for key, item in value}
+        return _unpacked(cast("dict[str, Any]", packed), tensors)
     if isinstance(packed, list):
         return [unpack(item, tensors) for item in cast("list[Any]", packed)]
     return packed
+
+
+def _unpacked(packed: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The value of one of the objects by which ``_packed`` stands for what is no JSON."""
+    kind, value = next(iter(packed.items())) if len(packed) == 1 else ("", None)
+    items = cast("list[Any]", value) if isinstance(value, list) else []
+    if kind == "tensor" and isinstance(value, str) and value in tensors:
+        return tensors[value]
+    if kind == "tuple" and isinstance(value, list):
+        return tuple(unpack(item, tensors) for item in items)
+    if kind == "pairs" and isinstance(value, list) and all(map(_is_pair, items)):
+        return {key: unpack(item, tensors) for key, item in items}
+    raise CheckpointError(
+        f"a checkpoint's state is damaged: {str(packed)[:80]!r} stands for nothing in it",
+        hint="resume from an earlier checkpoint",
+    )
+
+
+def _is_pair(item: object) -> bool:
+    if not isinstance(item, list):
+        return False
+    pair = cast("list[object]", item)
+    return len(pair) == 2 and isinstance(pair[0], _SCALARS)
 
 
 def _packed(state: object, at: str, tensors: Flat) -> Any:

@@ -268,7 +268,7 @@ def test_a_header_that_is_wrong(tmp_path: FilePath) -> None:
     written(theirs, tmp_path, metadata=True)
     tensors = load_file(tmp_path / FILE)
     for text, said in (
-        ("{", "is no JSON"),
+        ("{", "not valid JSON"),
         ("[]", "is no JSON object"),
         ('{"transformer.lora_alpha": "x"}', "lora_alpha"),
         ('{"transformer.use_qalora": true}', "use_qalora"),

@@ -455,9 +455,19 @@ def test_files_that_are_no_adapter(tmp_path: FilePath) -> None:
     (tmp_path / "adapter_model.bin").unlink()
     refused(model, tmp_path, "no adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
-    refused(model, tmp_path, "is no JSON")
+    refused(model, tmp_path, "not valid JSON: nested too deeply")
     (tmp_path / "adapter_config.json").write_text("[]")
     refused(model, tmp_path, "received")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_out_of_the_folder(name: str, tmp_path: FilePath) -> None:
+    model, _, _ = llama()
+    saved(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    file.rename(tmp_path / name)
+    file.symlink_to(tmp_path / name)
+    refused(model, tmp_path / "adapter", "is a link to .*, outside of its folder")
 
 
 def test_a_truncated_file(tmp_path: FilePath) -> None:

@@ -33,6 +33,7 @@ from surgery.train.data.base import Data, Place, need
 from surgery.train.data.configs import LatentData
 from surgery.train.data.libraries import require
 from surgery.train.data.stored import ImageSamples
+from surgery.untrusted.documents import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -322,13 +323,9 @@ def _agree(cache: Path, wanted: Index) -> None:
             )
         _write_bytes(path, json.dumps(mine, indent=2).encode())
         return
-    try:
-        theirs: object = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}", hint="remove the folder") from None
-    if theirs == mine:
+    found = read_object(path, error=DataError)
+    if found == mine:
         return
-    found = cast("dict[str, Any]", theirs) if isinstance(theirs, dict) else {}
     listed = "; ".join(
         f"{_WORDS.get(key, key)} ({_short(found.get(key))}, now {_short(value)})"
         for key, value in mine.items()

@@ -32,6 +32,7 @@ from surgery.train.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
+from surgery.untrusted.documents import read_object
 
 #: Bytes of text in a shard.
 SHARD = 1 << 25
@@ -163,7 +164,7 @@ class Maker:
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / _PLAN
         if plan.is_file():
-            found = json.loads(plan.read_text(encoding="utf-8")).get("key")
+            found = read_object(plan, error=DataError).get("key")
             if found == self.key:
                 return
             raise DataError(

@@ -30,6 +30,8 @@ from pydantic import ValidationError
 from surgery import files, progress
 from surgery.errors import DataError
 from surgery.train.data.configs import Count, Name, Section
+from surgery.untrusted.documents import parse, read_bytes
+from surgery.untrusted.paths import check_inside, plain_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -214,16 +216,19 @@ def read_index(folder: Path) -> Index:
         DataError: there is none, or it is broken or of a newer version.
     """
     path = folder / INDEX
+    if not path.exists():
+        raise _no_index(folder)
+    text = read_bytes(path, error=DataError)
+    data: Any = parse(text, f"{path} is broken", error=DataError)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise _no_index(folder) from None
-    try:
-        data: Any = json.loads(text)
         _check_format(path, data)
-        return Index.model_validate_json(text)
+        index = Index.model_validate_json(text)
     except (ValidationError, ValueError) as error:
         raise DataError(f"{path} is broken: {error}", hint=_AGAIN) from None
+    for shards in index.splits.values():
+        for shard in shards:
+            plain_name(shard.file, str(path), error=DataError)
+    return index
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -277,6 +282,7 @@ def check_shard(path: Path, key: str, tokens: int, width: int) -> None:
         DataError: it is missing, truncated, too long, or from another folder.
     """
     expected = _HEADER.size + tokens * width
+    check_inside(path, path.parent, error=DataError)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

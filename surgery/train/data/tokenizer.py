@@ -397,7 +397,10 @@ def _transformers(name: str, spec: str, *, local: bool, revision: str | None = N
         ) from None
     load = cast("Any", AutoTokenizer).from_pretrained
     try:
-        loaded = load(name, local_files_only=local, revision=revision or "main")
+        # None would ask in the terminal whether code that comes with the tokenizer may run.
+        loaded = load(
+            name, local_files_only=local, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().partition("\n")[0]
         hint = (

@@ -355,10 +355,10 @@ def test_damaged_and_missing_files_are_named(cached: LatentData, tmp_path: Path)
     assert encoded(config) == 4
     assert path.read_bytes() == whole
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(DataError, match=r"index\.json is damaged"):
+    with pytest.raises(DataError, match=r"index\.json: not valid JSON"):
         open_data(config, seed=0)
     (tmp_path / "index.json").write_text(json.dumps([1]))
-    with pytest.raises(DataError, match="made of something else"):
+    with pytest.raises(DataError, match="expected a JSON object, got list"):
         open_data(config, seed=0)
 
 

@@ -302,6 +302,8 @@ def test_a_changed_byte_is_found_when_asked_for(made):
         (lambda text: text.replace('"version": 1', '"version": 2'), "has version 2"),
         (lambda text: text.replace('"uint16"', '"int8"'), "is broken"),
         (lambda text: text.replace('"train": [', '"other": ['), "is broken"),
+        (lambda text: text.replace('"train-00001', '"../train-00001'), "lies outside the folder"),
+        (lambda text: text.replace('"version"', '"version": 1, "version"'), "is there twice"),
     ],
 )
 def test_a_broken_index_is_refused(made, change, message):
