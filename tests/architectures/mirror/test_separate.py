@@ -1,0 +1,224 @@
+"""Diagonal and Legendre: true mirror maps of one tensor each, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
+
+from architectures.mirror import Diagonal, Legendre, MirrorMap
+
+SHAPES = [(), (5,), (4, 3), (2, 3, 2), (3, 2, 2, 2)]
+KINDS: dict[str, tuple[type[MirrorMap], dict[str, Any]]] = {
+    "diagonal": (Diagonal, {}),
+    "diagonal, one piece": (Diagonal, {"pieces": 1, "radius": 0.3}),
+    "diagonal, per element": (Diagonal, {"share": "element", "pieces": 4}),
+    "legendre": (Legendre, {}),
+    "legendre, many directions": (Legendre, {"rank": 9}),
+}
+
+
+def build(name: str, shape: tuple[int, ...], *, seed: int | None = 1) -> Any:
+    kind, options = KINDS[name]
+    made = kind([shape], options=kind.Options(**options), dtype=torch.float64)
+    made.start(torch.Generator().manual_seed(0))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return made.requires_grad_(False)
+
+
+def numbers(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * 2
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    return request.param
+
+
+def test_it_starts_as_the_identity_in_every_bit(name: str, shape: tuple[int, ...]) -> None:
+    made, z = build(name, shape, seed=None), numbers(shape)
+    assert torch.equal(made(z)[0], z)
+    # The inverse of the identity has no rounding either.
+    assert torch.equal(made.dual(z)[0], z)
+
+
+def test_the_jacobian_is_symmetric_positive_definite(name: str, shape: tuple[int, ...]) -> None:
+    made, z = build(name, shape), numbers(shape)
+    jacobian = jacrev(lambda z: made(z)[0])(z).reshape(z.numel(), z.numel())
+    torch.testing.assert_close(jacobian, jacobian.T, rtol=1e-12, atol=1e-12)
+    assert float(torch.linalg.eigvalsh(jacobian).min()) > 1e-3
+    if "diagonal" in name:
+        assert torch.equal(jacobian, jacobian.diagonal().diag())
+    elif z.numel() > 1:
+        assert float((jacobian - jacobian.diagonal().diag()).abs().max()) > 1e-3
+
+
+def test_the_inverse(name: str, shape: tuple[int, ...]) -> None:
+    made, z = build(name, shape), numbers(shape)
+    # Closed for the diagonal; of legendre 1e-12 of the sums in it, times their condition here.
+    torch.testing.assert_close(made.dual(made(z)[0])[0], z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made(made.dual(z)[0])[0], z, rtol=1e-9, atol=1e-9)
+
+
+def test_it_is_monotone(name: str, shape: tuple[int, ...]) -> None:
+    made = build(name, shape)
+    for seed in range(5):
+        a, b = numbers(shape, seed), numbers(shape, seed + 100)
+        assert float(((made(a)[0] - made(b)[0]) * (a - b)).sum()) > 0
+
+
+def test_gradients_are_right_and_right_again(name: str) -> None:
+    made, z = build(name, (2, 3)), numbers((2, 3)).requires_grad_()
+    names = [key for key, _ in made.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in made.parameters()]
+
+    def call(z: Tensor, *tensors: Tensor) -> Tensor:
+        return functional_call(made, dict(zip(names, tensors, strict=True)), (z,))[0]
+
+    assert torch.autograd.gradcheck(call, (z, *values))
+    assert torch.autograd.gradgradcheck(call, (z, *values))
+
+
+def test_every_parameter_gets_a_gradient_after_one_step(name: str) -> None:
+    made, z = build(name, (4, 3), seed=None), numbers((4, 3))
+    for _ in range(2):
+        made.requires_grad_().zero_grad()
+        (made(z)[0] - torch.ones(4, 3)).square().sum().backward()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.sub_(parameter.grad, alpha=1e-3)
+    for key, parameter in made.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.any(), key
+
+
+def test_tasks_run_side_by_side(name: str) -> None:
+    made, z = build(name, (4, 3)), torch.stack([numbers((4, 3), seed) for seed in range(3)])
+    together = vmap(lambda z: made(z)[0])(z)
+    alone = torch.stack([made(each)[0] for each in z])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_what_they_cost() -> None:
+    """Of a matrix of 6 x 4: a curve, a curve per number, and vectors for each direction."""
+    sizes = {
+        name: sum(p.numel() for p in build(name, (6, 4)).parameters())
+        for name in ("diagonal", "diagonal, per element", "legendre")
+    }
+    assert sizes == {
+        "diagonal": 5 + 1,
+        "diagonal, per element": (4 + 1) * 24,
+        "legendre": (6 + 4) + 4 * (6 + 4) + 4,
+    }
+
+
+# Diagonal.
+
+
+def prox(z: Tensor, values: Tensor, radius: float) -> Tensor:
+    """MetaProxNet's learned prox as its paper has it: interpolated between control points.
+
+    The index of the piece is clamped, which goes on beyond the outer points in a straight line.
+    """
+    pieces = len(values) - 1
+    step = 2 * radius / pieces
+    index = ((z + radius) / step).floor().clamp(0, pieces - 1).long()
+    low, high = values[index], values[index + 1]
+    return low + (high - low) * ((z + radius) / step - index)
+
+
+def test_the_learned_prox_of_metaproxnet_is_a_special_case() -> None:
+    made = Diagonal([(50,)], dtype=torch.float64)
+    values = torch.tensor([-3.0, -1.0, -0.2, 0.1, 0.9, 1.1], dtype=torch.float64)
+    assert made.grid == pytest.approx((-2, -1.2, -0.4, 0.4, 1.2, 2))
+    made.set_control_points(values)
+    z = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    # Both are sums of a few products: rounding of float64.
+    torch.testing.assert_close(made(z)[0], prox(z, values, 2.0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(made.control_points(), values, rtol=1e-12, atol=1e-12)
+
+
+def test_a_prox_per_element() -> None:
+    options = Diagonal.Options(share="element")
+    made = Diagonal([(2,)], options=options, dtype=torch.float64)
+    values = torch.tensor([[-2.0, -9], [-1, -3], [0, -2], [1, 0], [2, 1], [3, 8]]).double()
+    made.set_control_points(values)
+    z = torch.tensor([1.7, -3.0], dtype=torch.float64)
+    expected = torch.stack([prox(z[i : i + 1], values[:, i], 2.0)[0] for i in range(2)])
+    torch.testing.assert_close(made(z)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_prox_that_does_not_increase_is_no_mirror_map() -> None:
+    made = Diagonal([(3,)])
+    with pytest.raises(ValueError, match="do not increase"):
+        made.set_control_points(torch.tensor([0.0, 1, 1, 2, 3, 4]))
+    with pytest.raises(ValueError, match=r"expected control points \(6,\), got \(5,\)"):
+        made.set_control_points(torch.arange(5.0))
+
+
+def test_it_increases_whatever_its_parameters_are() -> None:
+    made = Diagonal([(400,)], dtype=torch.float64)
+    with torch.no_grad():
+        made.log_slopes.copy_(torch.tensor([-15.0, 5, -10, 8, -2]))
+        made.shift.fill_(3)
+    assert bool((made(torch.linspace(-5, 5, 400, dtype=torch.float64))[0].diff() > 0).all())
+
+
+# Legendre.
+
+
+def test_legendre_is_the_gradient_of_its_potential(shape: tuple[int, ...]) -> None:
+    made, z = build("legendre", shape), numbers(shape)
+    torch.testing.assert_close(grad(made.potential)(z), made(z)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_potential_is_strictly_convex() -> None:
+    made = build("legendre", (4, 3))
+    for seed in range(20):
+        a, b = numbers((4, 3), seed), numbers((4, 3), seed + 50)
+        middle = made.potential((a + b) / 2)
+        assert float(middle) < float((made.potential(a) + made.potential(b)) / 2)
+
+
+def test_the_inverse_of_a_stiff_map() -> None:
+    made = build("legendre", (6, 5))
+    with torch.no_grad():
+        for factor in made.factors:
+            factor.mul_(20)
+    phi = numbers((6, 5)) * 50
+    torch.testing.assert_close(made(made.dual(phi)[0])[0], phi, rtol=1e-7, atol=1e-7)
+
+
+def test_what_has_no_inverse_is_told() -> None:
+    made = build("legendre", (3,))
+    with pytest.raises(ArithmeticError, match="did not come within 1e-12"):
+        made.dual(torch.tensor([1.0, math.nan, 0.0]).double())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (Diagonal, {"pieces": 0}, "pieces=0"),
+        (Diagonal, {"radius": 0.0}, "must be positive, got 0.0"),
+        (Legendre, {"rank": 0}, "rank=0"),
+    ],
+)
+def test_what_cannot_be_built(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind([(3,)], options=kind.Options(**options))
+    with pytest.raises(ValueError, match="for one tensor, got 2"):
+        kind([(3,), (4,)])
