@@ -1,7 +1,7 @@
 """Residual topologies, one published method per file, and the mixing of states they ask for."""
 
 from architectures.shortcuts.ancre import Ancre
-from architectures.shortcuts.base import Init, Support, Topology, triangle
+from architectures.shortcuts.base import Start, Support, Topology, triangle
 from architectures.shortcuts.denseformer import DenseFormer
 from architectures.shortcuts.history import History, weighted_sum
 from architectures.shortcuts.mixer import Mixer
@@ -11,8 +11,8 @@ __all__ = [
     "Ancre",
     "DenseFormer",
     "History",
-    "Init",
     "Mixer",
+    "Start",
     "Static",
     "Support",
     "Topology",

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from architectures.shortcuts.base import Init, Topology, triangle
+from architectures.shortcuts.base import Start, Topology, triangle
 
 Normalization = Literal["incoming", "outgoing"]
 Parameterization = Literal["softmax", "constant"]
@@ -58,7 +58,7 @@ class Ancre(Topology):
         self,
         sites: int,
         *,
-        init: Init | None = None,
+        init: Start | None = None,
         temperature: float = 1e-2,
         normalization: Normalization = "incoming",
         parameterization: Parameterization = "softmax",

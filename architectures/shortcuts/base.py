@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 #: How a topology starts: as published, or so that the network computes what it did before.
-Init = Literal["uniform", "identity"]
+Start = Literal["uniform", "identity"]
 #: ``support[k]``: the states ``j`` whose coefficient at site ``k`` may ever differ from zero.
 Support = tuple[tuple[int, ...], ...]
 
@@ -45,11 +45,11 @@ class Topology(nn.Module, ABC):
     #: Names of the keyword arguments its constructor takes, ``init`` and ``device`` aside.
     options: ClassVar[frozenset[str]] = frozenset()
     #: The ways it can start, its own default first.
-    inits: ClassVar[tuple[Init, ...]] = ("uniform", "identity")
+    inits: ClassVar[tuple[Start, ...]] = ("uniform", "identity")
     #: Whether ``forward`` also gives weights of the ``y_k``, ``(K, K + 1)``.
     weighs_sums: ClassVar[bool] = False
 
-    def __init__(self, sites: int, *, init: Init | None, support: Support) -> None:
+    def __init__(self, sites: int, *, init: Start | None, support: Support) -> None:
         super().__init__()
         if sites < 1:
             raise ValueError(f"a topology needs one site or more, got {sites}")
@@ -57,7 +57,7 @@ class Topology(nn.Module, ABC):
         if init not in self.inits:
             raise ValueError(f"{type(self).__name__} cannot start with init {init!r}: {self.why()}")
         self.sites = sites
-        self.init: Init = init
+        self.init: Start = init
         self.support = support
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from architectures.shortcuts.base import Init, Topology, triangle
+from architectures.shortcuts.base import Start, Topology, triangle
 
 
 class DenseFormer(Topology):
@@ -37,13 +37,13 @@ class DenseFormer(Topology):
         ValueError: ``init`` is ``uniform``.
     """
 
-    inits: ClassVar[tuple[Init, ...]] = ("identity",)
+    inits: ClassVar[tuple[Start, ...]] = ("identity",)
     weighs_sums: ClassVar[bool] = True
 
     averages: Tensor
 
     def __init__(
-        self, sites: int, *, init: Init | None = None, device: torch.device | str | None = None
+        self, sites: int, *, init: Start | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__(sites, init=init, support=triangle(sites))
         count = sites * (sites + 3) // 2

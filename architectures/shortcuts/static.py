@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from architectures.shortcuts.base import Init, Support, Topology
+from architectures.shortcuts.base import Start, Support, Topology
 
 #: A matrix, row by row, or the notation ``"0:2, 2:3=0.5"``.
 Edges = str | Sequence[Sequence[float]]
@@ -42,7 +42,7 @@ class Static(Topology):
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"edges"})
-    inits: ClassVar[tuple[Init, ...]] = ("uniform",)
+    inits: ClassVar[tuple[Start, ...]] = ("uniform",)
 
     weights: Tensor
 
@@ -51,7 +51,7 @@ class Static(Topology):
         sites: int,
         *,
         edges: Edges,
-        init: Init | None = None,
+        init: Start | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         rows = _parsed(edges, sites) if isinstance(edges, str) else _checked(edges, sites)

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 24
+#: Bytes that are hashed in another thread while they are written.
+_WORTH_A_THREAD = 1 << 20
 
 Advance = Callable[[int], None]
 
@@ -56,14 +59,19 @@ def write(path: Path, tensors: Sequence[tuple[str, Tensor]], advance: Advance) -
     """
     ordered = in_order(tensors)
     digest = sha256()
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
         head = header_bytes(ordered)
         file.write(head)
         digest.update(head)
         for _, tensor in ordered:
             for chunk in _chunks(as_bytes(tensor)):
-                file.write(chunk)
-                digest.update(chunk)
+                if len(chunk) < _WORTH_A_THREAD:
+                    digest.update(chunk)
+                    file.write(chunk)
+                else:
+                    hashed = hasher.submit(digest.update, chunk)
+                    file.write(chunk)
+                    hashed.result()
                 advance(len(chunk))
         file.flush()
         os.fsync(file.fileno())

@@ -21,18 +21,24 @@ from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import rewrites_of
-from surgery.exporting.weights import write_weights
+from surgery.exporting.weights import SHARD, write_weights
 from surgery.rules.strict import options
 from surgery.sources import Example
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = "diffusion_pytorch_model"
 
 
 @options
 class Diffusers(Format):
-    """Remote code of diffusers; a plain folder where the architecture is the stock one."""
+    """Remote code of diffusers; a plain folder where the architecture is the stock one.
+
+    Args:
+        max_shard_size: Bytes of the largest file of weights, as a number or as text.
+    """
 
     name: ClassVar[str] = "diffusers"
+
+    max_shard_size: int | str = SHARD
 
     def misfit(self, model: nn.Module) -> str | None:
         """Models of other libraries, and rewrites that are no text."""
@@ -58,16 +64,16 @@ class Diffusers(Format):
             data["_class_name"] = name
             data["auto_map"] = {"AutoModel": f"{remote.MODULE}.{name}"}
         remote.write_json(work / "config.json", data)
-        write_weights(model, work / _WEIGHTS, rewrites.dropped)
+        write_weights(model, work, _WEIGHTS, rewrites.dropped, self.max_shard_size)
 
     def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
         """Load it in a process that cannot import this library."""
         remote_code = ", trust_remote_code=True" if rewrites_of(model).any else ""
         load = f"diffusers.AutoModel.from_pretrained(str(folder){remote_code})"
         dtype = str(next(model.parameters()).dtype)
-        body = f"import diffusers\nmodel = {load}.to({dtype}).eval()"
+        body = f"import diffusers\nimport torch\nmodel = {load}.to({dtype}).eval()"
         consumer = f"AutoModel.from_pretrained of diffusers {version('diffusers')}"
-        return apart.agrees(consumer, written, body, model, example)
+        return apart.agrees(consumer, model, apart.Job(written, body, example))
 
     def versions(self) -> dict[str, str]:
         """Of diffusers."""

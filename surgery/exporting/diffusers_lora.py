@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from surgery import adapters
 from surgery.capture.graft import stock_class
 from surgery.errors import ExportError
-from surgery.exporting.agreement import Agreement, agreement, outputs
-from surgery.exporting.base import Format
-from surgery.exporting.peft import FAILURES, quiet, stock
+from surgery.exporting.beside import BesideStock
 from surgery.interchange.folder import DIFFUSERS_WEIGHTS, metadata_of
 from surgery.interchange.layers import layers_of, the_adapter, why_not_low_rank
 from surgery.interchange.writing import in_peft
@@ -24,7 +20,7 @@ from surgery.sources.libraries import library_of
 
 
 @options
-class DiffusersLora(Format):
+class DiffusersLora(BesideStock):
     """``pytorch_lora_weights.safetensors`` for the UNet or the transformer of a pipeline.
 
     The tensors are those of the format ``peft`` under the name of the pipeline's component, with
@@ -37,6 +33,8 @@ class DiffusersLora(Format):
     """
 
     name: ClassVar[str] = "diffusers_lora"
+    package: ClassVar[str] = "diffusers"
+    loader: ClassVar[str] = "load_lora_adapter"
 
     adapter: str | None = None
     prefix: str | None = None
@@ -75,18 +73,12 @@ class DiffusersLora(Format):
             metadata=metadata_of(told, prefix),
         )
 
-    def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
-        """Load it with diffusers into the model as it was, and compare outputs."""
-        name, share = the_adapter(model, self.adapter)
-        found = self._by_diffusers(stock(model), written, example)
-        with adapters.using(model, {name: share}):
-            expected = outputs(model, example)
-        consumer = f"load_lora_adapter of diffusers {version('diffusers')}"
-        return agreement(consumer, [("as given", expected, found)])
-
-    def versions(self) -> dict[str, str]:
-        """The version of PEFT."""
-        return {"peft": version("peft")}
+    def loaded(self, model: nn.Module, written: Path) -> nn.Module:
+        """With the model's own ``load_lora_adapter``."""
+        cast("Any", model).load_lora_adapter(
+            str(written), prefix=self._prefix(model), weight_name=DIFFUSERS_WEIGHTS
+        )
+        return model
 
     def _prefix(self, model: nn.Module) -> str:
         from diffusers.loaders.unet import UNet2DConditionLoadersMixin
@@ -95,20 +87,6 @@ class DiffusersLora(Format):
             return self.prefix
         unet = issubclass(stock_class(model), UNet2DConditionLoadersMixin)
         return "unet" if unet else "transformer"
-
-    def _by_diffusers(self, model: nn.Module, folder: Path, example: Example) -> dict[str, Tensor]:
-        try:
-            with quiet():
-                cast("Any", model).load_lora_adapter(
-                    str(folder), prefix=self._prefix(model), weight_name=DIFFUSERS_WEIGHTS
-                )
-                return outputs(model.eval(), example)
-        except FAILURES as error:
-            raise ExportError(
-                f"diffusers {version('diffusers')} does not load or run the adapter: "
-                f"{type(error).__name__}: {error}",
-                hint="leave that layer out of the adapter, or export with format='merged'",
-            ) from error
 
 
 def _refuse_more(fields: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from surgery.copies import sharing
 from surgery.errors import ExportError, ModelStateError
 from surgery.exporting.agreement import Agreement, agreement, outputs
 from surgery.exporting.base import Format
-from surgery.exporting.peft import FAILURES
+from surgery.exporting.beside import FAILURES
 from surgery.passes.hosts import Place, bank_of, detach
 from surgery.passes.lowrank import LowRank
 from surgery.passes.payload import places_of

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from surgery import adapters
-from surgery.errors import ExportError, ModelStateError
-from surgery.exporting.agreement import Agreement, agreement, outputs
-from surgery.exporting.base import Format
-from surgery.interchange.layers import the_adapter, why_not_low_rank
-from surgery.interchange.peft_folder import quiet, write_peft
-from surgery.record import Record, record_of
+from surgery.exporting.beside import BesideStock
+from surgery.interchange.layers import why_not_low_rank
+from surgery.interchange.peft_folder import write_peft
 from surgery.rules.strict import options
 from surgery.sources import Example
-from surgery.verification.baseline import undone
-
-#: What libraries raise where they cannot load something, or run what they loaded.
-FAILURES = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @options
-class Peft(Format):
+class Peft(BesideStock):
     """``adapter_config.json`` and ``adapter_model.safetensors``, for the stock model's weights.
 
     LoRA, rsLoRA, DoRA and every method that comes down to a pair of factors (PiSSA, OLoRA, NoRA,
@@ -43,6 +34,8 @@ class Peft(Format):
     """
 
     name: ClassVar[str] = "peft"
+    package: ClassVar[str] = "peft"
+    loader: ClassVar[str] = "PeftModel.from_pretrained"
 
     adapter: str | None = None
     trained: bool = True
@@ -60,50 +53,8 @@ class Peft(Format):
         """Write the configuration and the tensors."""
         write_peft(model, work, adapter=self.adapter, trained=self.trained, task=self.task)
 
-    def check(self, model: nn.Module, written: Path, example: Example) -> Agreement:
-        """Load it with PEFT beside the model as it was, and compare outputs."""
-        name, share = the_adapter(model, self.adapter)
-        found = _by_peft(stock(model), written, example)
-        with adapters.using(model, {name: share}):
-            expected = outputs(model, example)
-        consumer = f"PeftModel.from_pretrained of peft {version('peft')}"
-        return agreement(consumer, [("as given", expected, found)])
+    def loaded(self, model: nn.Module, written: Path) -> nn.Module:
+        """With ``PeftModel.from_pretrained``."""
+        from peft import PeftModel
 
-    def versions(self) -> dict[str, str]:
-        """The version of PEFT."""
-        return {"peft": version("peft")}
-
-
-def stock(model: nn.Module) -> nn.Module:
-    """The model as it was before it was rewritten, sharing the weights that are as they were.
-
-    Raises:
-        ExportError: it cannot be had any more.
-    """
-    try:
-        return undone(model, record_of(model) or Record()).model.eval()
-    except ModelStateError as error:
-        raise ExportError(
-            f"the adapter cannot be checked beside the stock model: {error.message}",
-            hint="apply with keep_base: memory or source; or export with format='merged'",
-        ) from error
-
-
-def _by_peft(model: nn.Module, folder: Path, example: Example) -> dict[str, Tensor]:
-    """What the stock model returns with the adapter as PEFT loads it.
-
-    Raises:
-        ExportError: PEFT does not load or run it.
-    """
-    from peft import PeftModel
-
-    try:
-        with quiet():
-            loaded = cast("Any", PeftModel).from_pretrained(model, str(folder))
-            return outputs(cast("nn.Module", loaded).eval(), example)
-    except FAILURES as error:
-        raise ExportError(
-            f"peft {version('peft')} does not load or run the adapter: "
-            f"{type(error).__name__}: {error}",
-            hint="leave that layer out of the adapter, or export with format='merged'",
-        ) from error
+        return cast("nn.Module", cast("Any", PeftModel).from_pretrained(model, str(written)))

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.capture.graft import stock_class
 from surgery.exporting.code.rewrites import Rewrites, obstacle
 from surgery.exporting.code.text import Code, identifier, literal
+from surgery.passes.hosts import CHILD, Bank
 from surgery.sources.libraries import library_of, require
 
 MODULE = "modeling_rewritten"
@@ -82,9 +84,10 @@ def modeling_file(
     body = [f"class {name}({base}):", f'    """A ``{cls.__name__}`` with its rewrite."""', ""]
     if config_class is not None:
         body += [f"    config_class = {rewritten_name(config_class)}"]
-        body += [f"    _keep_in_fp32_modules_strict = {literal(_kept(cls))}", ""]
+        body += [f"    _keep_in_fp32_modules_strict = {literal(_kept(cls, rewrites))}", ""]
         body += ["    def __init__(self, config, *args, **kwargs):"]
         body += ["        super().__init__(config, *args, **kwargs)", "        rewrite(self)"]
+        body += _training(code)
     else:
         code.inlined.imported("import inspect", "inspect", __import__("inspect"))
         code.inlined.add("diffusers.configuration_utils", "register_to_config")
@@ -102,9 +105,32 @@ def modeling_file(
     return name
 
 
-def _kept(cls: type) -> list[str]:
+def _kept(cls: type, rewrites: Rewrites) -> list[str]:
+    """What stays in float32 when the rest of the model is loaded in half precision."""
     inherited: Any = getattr(cls, "_keep_in_fp32_modules_strict", None) or ()
-    return sorted({*map(str, inherited), "shortcuts"})
+    inserted = {"shortcuts"} if rewrites.shortcuts else set[str]()
+    if any(_is_wider(one.bank, one.dtype) for one in rewrites.adapted):
+        inserted.add(CHILD)
+    return sorted({*map(str, inherited), *inserted})
+
+
+def _is_wider(bank: Bank, weight: torch.dtype) -> bool:
+    """Whether adapters are float32 beside a weight of half precision."""
+    found = {parameter.dtype for parameter in bank.parameters()}
+    return weight.itemsize < 4 and torch.float32 in found
+
+
+def _training(code: Code) -> list[str]:
+    """A method for what a loader does not keep: that only adapters are trained."""
+    frozen = code.frozen("self")
+    if not frozen:
+        return []
+    return [
+        "",
+        "    def train_adapters(self):",
+        '        """Let only what was trained before be trained, which is all after loading."""',
+        f"        {frozen[0]}",
+    ]
 
 
 def _config(code: Code, cls: type) -> str:

@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from architectures.shortcuts import Init, Topology
+from architectures.shortcuts import Start, Topology
 from surgery.capture.graft import check_graftable, stock_class
 from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
@@ -354,7 +354,7 @@ class Shortcuts(Pass):
         return cast("type[Topology]", TOPOLOGIES.get(self.topology)).weighs_sums
 
     @property
-    def _start(self) -> Init:
+    def _start(self) -> Start:
         cls = cast("type[Topology]", TOPOLOGIES.get(self.topology))
         return self.init or cls.inits[0]
 
@@ -434,7 +434,7 @@ def _take_out(holder: nn.Module, edit: Edit) -> bool:
 
 
 def _built(
-    cls: type[Topology], name: str, sites: int, init: Init, chosen: Mapping[str, Any]
+    cls: type[Topology], name: str, sites: int, init: Start, chosen: Mapping[str, Any]
 ) -> Topology:
     surplus = [option for option in chosen if option not in cls.options]
     if surplus:

@@ -72,6 +72,11 @@ def adapted(model: nn.Module, **options: Any) -> nn.Module:
     """The model with LoRA beside every linear layer, with random factors."""
     rule = surgery.Rule(surgery.LowRank(rank=2, **options), where=surgery.Type("Linear"))
     surgery.apply(model, rule)
+    return stirred(model)
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """Give the factors of all adapters random values, so that one that is left out is noticed."""
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for parameter in surgery.adapters.parameters(model):

@@ -15,7 +15,7 @@ from torch import nn
 import surgery
 from surgery.exporting.code import runtime
 from surgery.exporting.code.inline import Inlined, is_copied
-from surgery.exporting.code.rewrites import Rewired, Rewrites, rewrites_of
+from surgery.exporting.code.rewrites import Adapted, Rewired, Rewrites, rewrites_of
 from surgery.exporting.code.text import Code, identifier, literal
 from surgery.passes.streams import Stream
 from tests.exporting import models
@@ -70,14 +70,51 @@ def test_names_of_modules_and_arguments_stay_strings(holder: str, member: str, w
     assert {holder, member, word} <= texts
 
 
+@functools.cache
+def adapted() -> Rewrites:
+    return rewrites_of(models.adapted(models.stock("mlp"), method="pissa"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(HOSTILE, HOSTILE)
+def test_names_of_adapters_and_weights_stay_strings(path: str, word: str) -> None:
+    found = adapted()
+    one = found.adapted[0]
+    one.bank.parameter = word
+    one.bank.active = ((word, 1.0),)
+    changed = Adapted((path,), one.bank, True, one.dtype)
+    again = Rewrites(found.classes, adapted=(changed,), trained=frozenset({word}))
+    rewrite = ast.parse(Code(again).rewrite()).body[-1]
+    called = {
+        node.func.id
+        for node in ast.walk(rewrite)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert called == {"Matrix", "PiSSA", "Bank", "attach", "train_adapters"}
+    texts = {node.value for node in ast.walk(rewrite) if isinstance(node, ast.Constant)}
+    assert {path, word} <= texts | {""}
+
+
 def test_a_text_has_what_it_needs() -> None:
     inlined = Inlined()
     inlined.add("architectures.shortcuts.ancre", "Ancre")
     inlined.add("architectures.shortcuts.ancre", "Ancre")
     names: dict[str, Any] = {"__name__": "made"}
-    exec(compile(inlined.text(), "<made>", "exec", dont_inherit=True), names)  # noqa: S102
+    text = f"from __future__ import annotations\n{inlined.text()}"
+    exec(compile(text, "<made>", "exec", dont_inherit=True), names)  # noqa: S102
     assert names["Ancre"](3)().shape == (3, 3)
     assert not names["Ancre"].__module__.startswith("architectures")
+
+
+def test_what_is_evaluated_at_once_stands_above() -> None:
+    # Adapter and Method name each other, one in an annotation and one as a base.
+    inlined = Inlined()
+    inlined.add("architectures.adapters", "Adapter")
+    inlined.add("architectures.adapters", "PiSSA")
+    text = inlined.text()
+    bases = ["class Adapter(", "class Method(", "class LoRA(", "class PiSSA("]
+    places = [text.index(base) for base in bases]
+    assert places == sorted(places)
 
 
 def test_two_things_of_one_name_are_refused() -> None:

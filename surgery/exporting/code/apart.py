@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,64 +26,76 @@ _SCRIPT = """
 import sys
 sys.modules["surgery"] = sys.modules["architectures"] = None
 import importlib.util
+import json
 from pathlib import Path
 import torch
 
-folder, given, taken, leaves_file = map(Path, sys.argv[1:])
-spec_of_leaves = importlib.util.spec_from_file_location("leaves_of_outputs", leaves_file)
-leaves_module = importlib.util.module_from_spec(spec_of_leaves)
-sys.modules["leaves_of_outputs"] = leaves_module
-spec_of_leaves.loader.exec_module(leaves_module)
-call = torch.load(given, weights_only=True)
-{body}
-with torch.no_grad():
-    found = leaves_module.leaves(model(*call["args"], **call["kwargs"]))
-tensors = {{path: leaf for path, leaf in found.items() if isinstance(leaf, torch.Tensor)}}
-torch.save(tensors, taken)
+spec = importlib.util.spec_from_file_location("leaves_of_outputs", sys.argv[1])
+outputs = importlib.util.module_from_spec(spec)
+sys.modules["leaves_of_outputs"] = outputs
+spec.loader.exec_module(outputs)
+for number, (folder, body) in enumerate(json.loads(Path("jobs.json").read_text("utf-8"))):
+    names = {"folder": Path(folder)}
+    exec(compile(body, folder, "exec"), names)
+    call = torch.load(f"{number}.call", weights_only=True)
+    with torch.no_grad():
+        found = outputs.leaves(names["model"](*call["args"], **call["kwargs"]))
+    tensors = {path: leaf for path, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+    torch.save(tensors, f"{number}.outputs")
 """
 
 
-def agrees(consumer: str, folder: Path, body: str, model: nn.Module, example: Example) -> Agreement:
+@dataclass(frozen=True)
+class Job:
+    """An export to load and to call.
+
+    Attributes:
+        folder: The export, ``folder`` in ``body``.
+        body: Python that puts the loaded model into ``model``.
+        example: The call; what is in it besides tensors are plain values.
+    """
+
+    folder: Path
+    body: str
+    example: Example
+
+
+def agrees(consumer: str, model: nn.Module, job: Job) -> Agreement:
     """Compare what an export returns in a process of its own with what the model returns.
 
     Args:
         consumer: What loads the export, with its version.
-        folder: The export, ``folder`` in ``body``.
-        body: Python that puts the loaded model into ``model``.
         model: The model that was exported.
-        example: The call; what is in it besides tensors are plain values.
+        job: What to load and how to call it.
 
     Raises:
         ExportError: it cannot be loaded or called there.
     """
-    found = run(folder, body, example)
+    (found,) = run([job])
     told = f"{consumer} in a process without this library"
-    return agreement(told, [("the example", outputs(model, example), found)])
+    return agreement(told, [("the example", outputs(model, job.example), found)])
 
 
-def run(folder: Path, body: str, example: Example) -> dict[str, Tensor]:
-    """Call a model that ``body`` loads and return its floating tensors by path.
+def run(jobs: Sequence[Job]) -> list[dict[str, Tensor]]:
+    """Load and call exports, one after the other in one process.
 
-    Args:
-        folder: The export, ``folder`` in ``body``.
-        body: Python that puts the model into ``model``.
-        example: The call; what is in it besides tensors are plain values.
+    Returns:
+        The floating tensors that each returned, by path.
 
     Raises:
         ExportError: the process failed; its last lines are told.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        given, taken = Path(scratch, "call.pt"), Path(scratch, "outputs.pt")
-        on_cpu = example.to("cpu")
-        torch.save({"args": on_cpu.args, "kwargs": on_cpu.kwargs}, given)
-        script = Path(scratch, "run.py")
-        script.write_text(_SCRIPT.format(body=body), encoding="utf-8")
+        place = Path(scratch)
+        for number, job in enumerate(jobs):
+            on_cpu = job.example.to("cpu")
+            call = {"args": on_cpu.args, "kwargs": on_cpu.kwargs}
+            torch.save(call, place / f"{number}.call")
+        listed = [(str(job.folder.resolve()), job.body) for job in jobs]
+        (place / "jobs.json").write_text(json.dumps(listed), encoding="utf-8")
+        (place / "run.py").write_text(_SCRIPT, encoding="utf-8")
         done = subprocess.run(  # noqa: S603 - this Python, with a script written here
-            [
-                sys.executable,
-                str(script),
-                *map(str, (folder, given, taken, leaves_of_outputs.__file__)),
-            ],
+            [sys.executable, str(place / "run.py"), str(leaves_of_outputs.__file__)],
             capture_output=True,
             text=True,
             check=False,
@@ -93,4 +108,7 @@ def run(folder: Path, body: str, example: Example) -> dict[str, Tensor]:
                 f"the export does not load without this library:\n  {told}",
                 hint="please report it with the model and its rules",
             )
-        return floating(torch.load(taken, weights_only=True))
+        return [
+            floating(torch.load(place / f"{number}.outputs", weights_only=True))
+            for number in range(len(jobs))
+        ]

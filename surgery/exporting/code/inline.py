@@ -140,10 +140,16 @@ class Inlined:
         new = [self.claim(one, getattr(module.loaded, one, node)) for one in defined]
         if not any(new):
             return
-        for needed in _names(node):
-            if needed in module.statements and needed not in defined:
-                self.add(module.name, needed)
+        at_once = _names(*_evaluated(node))
+        self._add_all(module, (name for name in at_once if name not in defined))
         self.definitions.append(module.text_of(node))
+        # What only bodies and annotations name may stand further down, and refer back to this.
+        self._add_all(module, (name for name in _names(node) if name not in defined))
+
+    def _add_all(self, module: _Module, names: Iterable[str]) -> None:
+        for name in names:
+            if name in module.statements:
+                self.add(module.name, name)
 
 
 def _sorted(statements: Iterable[str]) -> str:
@@ -226,8 +232,24 @@ def _bound(alias: ast.alias, node: ast.stmt) -> str:
     return alias.asname or plain
 
 
-def _names(node: ast.AST) -> list[str]:
-    return list(dict.fromkeys(one.id for one in ast.walk(node) if isinstance(one, ast.Name)))
+def _names(*nodes: ast.AST) -> list[str]:
+    walked = (one for node in nodes for one in ast.walk(node))
+    return list(dict.fromkeys(one.id for one in walked if isinstance(one, ast.Name)))
+
+
+def _evaluated(node: ast.stmt) -> Iterator[ast.AST]:
+    """The parts of a statement that are evaluated when it is; annotations are not."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        yield from (*node.decorator_list, *node.args.defaults)
+        yield from (default for default in node.args.kw_defaults if default is not None)
+    elif isinstance(node, ast.ClassDef):
+        yield from (*node.bases, *(each.value for each in node.keywords), *node.decorator_list)
+        for inner in node.body:
+            yield from _evaluated(inner)
+    elif isinstance(node, ast.AnnAssign):
+        yield from () if node.value is None else (node.value,)
+    else:
+        yield node
 
 
 def _lines(node: ast.stmt) -> tuple[int, int]:

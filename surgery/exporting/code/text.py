@@ -8,24 +8,49 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from architectures.adapters import Adapter, Sliced
+from architectures.adapters import Method as AdapterMethod
 from surgery.errors import ExportError
 from surgery.exporting.code.inline import Inlined, is_copied
-from surgery.exporting.code.rewrites import Method, Reclassed, Rewired, Rewrites, topology_of
+from surgery.exporting.code.rewrites import (
+    Adapted,
+    Method,
+    Reclassed,
+    Rewired,
+    Rewrites,
+    topology_of,
+)
+from surgery.passes.hosts import Bank
 from surgery.passes.streams import Fixed
 
 _RUNTIME = "surgery.exporting.code.runtime"
+_ADAPTING = "surgery.exporting.code.adapting"
+#: What reads adapters → its class in a generated file, and the class right above which it stands;
+#: None where it comes before the layer's own class.
+_HOSTS: dict[str, tuple[str, type[nn.Module] | None]] = {
+    "linear": ("AdaptedLinear", nn.Linear),
+    "embedding": ("AdaptedEmbedding", nn.Embedding),
+    "conv1d": ("AdaptedConv1d", nn.Conv1d),
+    "conv2d": ("AdaptedConv2d", nn.Conv2d),
+    "conv3d": ("AdaptedConv3d", nn.Conv3d),
+    "output": ("AdaptedOutput", None),
+    "weight": ("AdaptedWeight", None),
+}
 _RECORDING = "surgery.exporting.code.recording"
 _STANDARD = frozenset({"begin", "whole"})
 _INDENT = "    "
+
+T = TypeVar("T")
 
 
 class Code:
@@ -39,6 +64,8 @@ class Code:
     def __init__(self, rewrites: Rewrites, *, records: bool = False) -> None:
         self.inlined = Inlined()
         self._records = records
+        for name in ("Bank", "bank_of"):
+            self.inlined.instead[f"surgery.passes.hosts.bank:{name}"] = _ADAPTING
         if records:
             self.inlined.instead[f"{_RUNTIME}:recorded"] = _RECORDING
         self.rewrites = rewrites
@@ -78,32 +105,31 @@ class Code:
         ]
         lines = [
             "def rewrite(model: nn.Module) -> None:",
-            '    """Make a stock model what was exported: shared modules, learned shortcuts."""',
+            '    """Make a stock model what was exported."""',
+            *self._holders(),
+            *self._attached({each.path: name for each, name in changed}),
+            *self._sharing(),
         ]
-        if self.rewrites.shared:
-            self.inlined.add(_RUNTIME, "share")
-            lines += [f"    share(model, {literal(dict(self.rewrites.shared))})"]
-        holders: dict[str, list[Rewired]] = {}
-        for one in self.rewrites.shortcuts:
-            holders.setdefault(one.holder, []).append(one)
-        for holder, found in holders.items():
-            lines += [f"    holder = model.get_submodule({holder!r})"]
-            lines += ["    holder.shortcuts = nn.ModuleDict("]
-            lines += ["        {"]
-            for one in found:
-                lines += textwrap.indent(
-                    f"{one.number!r}: {self._shortcuts(one)},", " " * 12
-                ).splitlines()
-            lines += ["        }", "    )"]
-        for each, name in changed:
-            place = f"model.get_submodule({each.path!r})" if each.path else "model"
-            lines += [f"    {place}.__class__ = {name}"]
+        first = {one.paths[0] for one in self.rewrites.adapted if not one.bare}
+        left = ((name, each.path) for each, name in changed if each.path not in first)
+        for name, paths in _grouped(left):
+            lines += _for_each(paths, [f"layer.__class__ = {name}"])
+        for each, _ in changed:
             if self._records and any(
                 cls.__name__ == "PreTrainedModel" for cls in each.base.__mro__
             ):
                 self.inlined.add(_RECORDING, "records")
-                lines += [f"    records({place})"]
+                lines += [f"    records({_place(each.path)})"]
+        if not self._records:  # the loader of transformers would undo it
+            lines += [f"    {each}" for each in self.frozen("model")]
         return "\n\n\n".join([*self._texts, "\n".join(lines)])
+
+    def frozen(self, model: str) -> list[str]:
+        """The statement that lets only the adapters be trained; none if all of it was trained."""
+        if self.rewrites.trained is None:
+            return []
+        self.inlined.add(_ADAPTING, "train_adapters")
+        return [f"train_adapters({model}, {literal(tuple(sorted(self.rewrites.trained)))})"]
 
     def assembled(self, docstring: str, *parts: str) -> str:
         """The whole file: docstring, licences, imports, copied definitions, then ``parts``."""
@@ -117,20 +143,102 @@ class Code:
         compile(text, "<export>", "exec")
         return text
 
+    # Statements of ``rewrite`` ------------------------------------------------------------------
+
+    def _holders(self) -> Iterator[str]:
+        """Put shortcuts beside layers."""
+        holders: dict[str, list[Rewired]] = {}
+        for one in self.rewrites.shortcuts:
+            holders.setdefault(one.holder, []).append(one)
+        for holder, found in holders.items():
+            yield f"    holder = model.get_submodule({holder!r})"
+            yield "    holder.shortcuts = nn.ModuleDict("
+            yield "        {"
+            for one in found:
+                text = f"{one.number!r}: {self._shortcuts(one)},"
+                yield from textwrap.indent(text, " " * 12).splitlines()
+            yield "        }"
+            yield "    )"
+
+    def _attached(self, classes: Mapping[str, str]) -> Iterator[str]:
+        """Put adapters beside weights, those of one form in one loop, and the class over layers."""
+        if self.rewrites.adapted:
+            self.inlined.add(_ADAPTING, "attach")
+            self.inlined.add(_ADAPTING, "Bank")
+            self.inlined.add("architectures.adapters", "Matrix")
+        forms = ((self._bank(one, classes), one.paths[0]) for one in self.rewrites.adapted)
+        for bank, paths in _grouped(forms):
+            yield from _for_each(paths, bank.splitlines())
+
+    def _bank(self, one: Adapted, classes: Mapping[str, str]) -> str:
+        """The statements that make the adapters of ``layer`` and attach them."""
+        bank = one.bank
+        matrix = ", ".join(
+            f"{name}={literal(getattr(bank.matrix, name))}"
+            for name in ("shape", "stack", "rows", "columns", "transposed")
+        )
+        lines = [f"matrix = Matrix({matrix})", "adapters = {"]
+        for name, adapter in bank.adapters.items():
+            lines.append(f"    {literal(name)}: {self._adapter(adapter, bank)},")
+        parameter = literal(bank.parameter)
+        where = f", {parameter}" if one.bare else ""
+        made = f"Bank(matrix, {parameter}, adapters, {literal(bank.active)})"
+        lines += ["}", f"attach(layer, {made}{where})"]
+        if not one.bare and one.paths[0] in classes:
+            lines.append(f"layer.__class__ = {classes[one.paths[0]]}")
+        return "\n".join(lines)
+
+    def _adapter(self, adapter: Adapter, bank: Bank) -> str:
+        if not isinstance(adapter, Sliced):
+            return self._adapter_method(cast("AdapterMethod", adapter), "matrix")
+        self.inlined.add("architectures.adapters", "Sliced")
+        parts: list[str] = []
+        for name, (ranges, method) in adapter.parts.items():
+            rows = sum(stop - start for start, stop in ranges)
+            matrix = f"Matrix.of(({rows}, {bank.matrix.columns}), stacked=False)"
+            text = self._adapter_method(method, matrix)
+            parts.append(f"{literal(name)}: ({literal(ranges)}, {text})")
+        return f"Sliced({{{', '.join(parts)}}}, {adapter.rows})"
+
+    def _adapter_method(self, method: AdapterMethod, matrix: str) -> str:
+        cls = type(method)
+        self.inlined.add(cls.__module__, cls.__name__)
+        name = identifier(cls.__name__)
+        given = {"rank": method.rank, "scaling": method.scaling, "dropout": method.dropout}
+        options = dataclasses.asdict(method.options)
+        made = f", options={name}.Options({calls(options.items())})" if options else ""
+        return f"{name}({matrix}, {calls(given.items())}{made})"
+
+    def _sharing(self) -> Iterator[str]:
+        """Put modules in the place of others, too."""
+        shared = dict(self.rewrites.shared)
+        for one in self.rewrites.adapted:
+            first, *others = one.places()
+            shared |= dict.fromkeys(others, first)
+        if shared:
+            self.inlined.add(_RUNTIME, "share")
+            yield f"    share(model, {literal(shared)})"
+
     # Classes -----------------------------------------------------------------------------------
 
     def _class(self, one: Reclassed) -> str:
-        key = (one.base, one.holder, one.methods)
+        key = (one.base, one.holder, one.host, one.methods)
         if key in self._classes:
             return self._classes[key]
+        host, above = _HOSTS[one.host] if one.host else ("", None)
+        if host:
+            self.inlined.add(_ADAPTING, host)
+        if above is one.base and not one.holder and not one.methods:
+            self._classes[key] = host
+            return host
         base = self.stock(one.base)
         name = self._free(identifier(one.base.__name__))
-        bases = [base]
+        bases = [base, host] if above else [host, base]
         if one.holder:
             self.inlined.add(_RUNTIME, one.holder)
             bases.insert(0, one.holder)
-        header = f"class {name}({', '.join(bases)}):"
-        body = [f'"""A ``{one.base.__name__}`` whose layers are connected by learned shortcuts."""']
+        header = f"class {name}({', '.join(filter(None, bases))}):"
+        body = [f'"""A ``{one.base.__name__}`` {_told(one)}."""']
         body += [self._method(one, method, base) for method in one.methods]
         self._texts.append(f"{header}\n" + textwrap.indent("\n\n".join(body), _INDENT))
         self._classes[key] = name
@@ -210,6 +318,39 @@ class Code:
             header = _header(module)
             if re.search("copyright|licen[cs]e", header, re.IGNORECASE):
                 yield f"# Methods below are made from those of {module}:\n#\n{header}"
+
+
+def _told(one: Reclassed) -> str:
+    said = [
+        "with low-rank adapters" if one.host else "",
+        "whose layers are connected by learned shortcuts" if one.holder or one.methods else "",
+    ]
+    return " ".join(filter(None, said))
+
+
+def _grouped(pairs: Iterable[tuple[str, T]]) -> Iterator[tuple[str, list[T]]]:
+    """What has the same text, in the order in which the texts first came."""
+    found: dict[str, list[T]] = {}
+    for text, one in pairs:
+        found.setdefault(text, []).append(one)
+    return iter(found.items())
+
+
+def _place(path: str) -> str:
+    return f"model.get_submodule({literal(path)})" if path else "model"
+
+
+def _for_each(paths: list[str], statements: list[str]) -> Iterator[str]:
+    """Statements about ``layer``, for the layers with these paths."""
+    if len(paths) == 1:
+        yield f"    layer = {_place(paths[0])}"
+        yield from (_INDENT + each for each in statements)
+        return
+    yield "    for path in ("
+    yield from (f"        {literal(path)}," for path in paths)
+    yield "    ):"
+    yield "        layer = model.get_submodule(path)"
+    yield from (2 * _INDENT + each for each in statements)
 
 
 def literal(value: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from architectures.shortcuts import History, Init, Mixer, Support, Topology
+from architectures.shortcuts import History, Mixer, Start, Support, Topology
 from architectures.shortcuts.project import Crossing
 from surgery.passes.streams import recorder
 from surgery.passes.streams.ports import Stream
@@ -25,7 +25,7 @@ class Fixed(Topology):
         support: Per site, the states that have an edge to it.
     """
 
-    inits: ClassVar[tuple[Init, ...]] = ("uniform",)
+    inits: ClassVar[tuple[Start, ...]] = ("uniform",)
     weights: Tensor
 
     def __init__(self, weights: Tensor, support: Support) -> None:
