@@ -37,7 +37,12 @@ def episode_mode(model: nn.Module, statistics: Statistics, *, dropout: bool) -> 
         statistics: Whether batch norms normalise by the ``episode`` or by what they ``running``ly
             recorded before.
         dropout: Whether dropout, and whatever else only train mode does, is on.
+
+    Raises:
+        ModelStateError: a norm is to use running statistics and keeps none.
     """
+    if statistics == "running":
+        _check_recorded(model)
     modes = [(module, module.training) for module in model.modules()]
     model.train(dropout)
     for norm in normalisations(model):
@@ -52,6 +57,16 @@ def episode_mode(model: nn.Module, statistics: Statistics, *, dropout: bool) -> 
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _check_recorded(model: nn.Module) -> None:
+    norms = {id(norm) for norm in normalisations(model) if norm.running_mean is None}
+    for path, module in named_modules(model, duplicates=False):
+        if id(module) in norms:
+            raise ModelStateError(
+                f"{path} ({type(module).__name__}) keeps no running statistics",
+                hint="use inner.statistics: episode",
+            )
 
 
 def bound(model: nn.Module, values: Tensors) -> Callable[..., Any]:
@@ -79,11 +94,13 @@ def check_functional(model: nn.Module, forward: Callable[[], object]) -> None:
     """
     with torch.no_grad():
         forward()
-        before = dict(_versions(model))
+        # Held on to: what takes the place of a tensor that is gone may lie where that one lay.
+        before = dict(_kept(model))
         forward()
         forward()
-    for name, seen in _versions(model):
-        if before.get(name) != seen:
+    for name, (tensor, version) in _kept(model):
+        last, then = before.get(name, (None, 0))
+        if last is not tensor or version != then:
             path, _, own = name.rpartition(".")
             kind = type(model.get_submodule(path)).__name__
             raise ModelStateError(
@@ -94,10 +111,9 @@ def check_functional(model: nn.Module, forward: Callable[[], object]) -> None:
             )
 
 
-def _versions(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name of every tensor that a module keeps and no optimizer trains, with which it is now."""
+def _kept(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, int]]]:
+    """Every tensor that a module keeps and no optimizer trains, and how often it was written."""
     for path, module in named_modules(model, duplicates=False):
         plain = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
         for name, tensor in {**own_buffers(module), **plain}.items():
-            version = cast("int", cast("Any", tensor)._version)
-            yield joined(path, name), (id(tensor), version)
+            yield joined(path, name), (tensor, cast("int", cast("Any", tensor)._version))

@@ -1,0 +1,427 @@
+"""Adaptations from a configuration to a run folder, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import surgery
+from surgery import shipped
+from surgery.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelStateError,
+    NoMatch,
+    SurgeryError,
+    TrainingError,
+)
+from surgery.train import checkpoints
+from surgery.train.adapt.config import AdaptConfig
+from surgery.train.adapt.functional import check_functional, episode_mode
+from surgery.train.adapt.learner import Learner
+from surgery.train.adapt.objective import MetaObjective, example_of
+from surgery.train.adapt.run import EXTRA, Adapting, adapt, learner
+from surgery.train.adapt.tasks import open_tasks
+from surgery.train.data.base import Place
+from tests.train import tiny as plain
+from tests.train.adapt import tiny
+
+ESTIMATORS: dict[str, tuple[str, ...]] = {
+    "unrolled": ("inner.rule=per-parameter",),
+    "first-order": ("inner.rule=preconditioned",),
+    "truncated": ("estimator.terms=2",),
+    "binomial": ("estimator.terms=2", "inner.rule=per-parameter"),
+    "implicit": ("inner.proximal=1.0",),
+    "bayesian": ("estimator.draws=2", "inner.lr=0.01"),
+}
+
+
+def of(name: str, *overrides: str) -> AdaptConfig:
+    """A tiny run with an estimator."""
+    options = [_json(each) for each in ESTIMATORS[name]]
+    return tiny.sinusoid(f'estimator={{"name": "{name}"}}', *options, *overrides)
+
+
+def _json(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}={json.dumps(value) if value[0].isalpha() else value}"
+
+
+def same_files(one: Path, other: Path) -> bool:
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_resumed_run_is_the_whole_one_in_every_bit(name: str, tmp_path: Path):
+    config = of(name)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    done = adapt(config, out=whole)
+    assert done.evaluation.keys() == {"loss", "loss@0", "loss@5"}
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    (out / EXTRA).unlink(missing_ok=True)
+    for path in checkpoints.complete(out / "checkpoints"):
+        if path.name != "step-000002":
+            shutil.rmtree(path)
+    adapt(config, out=out, resume=True)
+    assert plain.log(out) == plain.log(whole)
+    assert same_files(out / "model" / "model.safetensors", whole / "model" / "model.safetensors")
+    learned = name in ("unrolled", "first-order", "binomial", "bayesian")
+    assert (whole / EXTRA).exists() == learned
+    if learned:
+        assert same_files(out / EXTRA, whole / EXTRA)
+        start = learner_of(config).extra
+        moved = load_file(whole / EXTRA)
+        assert all(not torch.equal(moved[n], p.detach()) for n, p in start.items())
+
+
+def learner_of(config: AdaptConfig) -> Learner:
+    job = Adapting(config)
+    data = job.data()
+    return Learner(config, data.facts, job.model(data), example_of(data))
+
+
+def test_mapped_tasks_are_looped_tasks(tmp_path: Path):
+    runs = [
+        adapt(of("unrolled", f'inner.parallel="{how}"'), out=tmp_path / how)
+        for how in ("loop", "vmap")
+    ]
+    # Batched matrix products round differently: float32 through three inner and six outer steps.
+    losses = [plain.losses(run.out) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_gradient_of_the_loss_is_the_estimators():
+    config = of("binomial")
+    made = learner_of(config)
+    aim = MetaObjective(made)
+    batch = open_tasks(config.data, seed=0).train.batch([Place(0, 0), Place(0, 1)])
+    expected = made.estimated(batch)
+    loss = aim.loss(made.model, batch, step=1)
+    assert loss.detach() == pytest.approx(float(expected.loss.mean()))
+    (0.5 * loss).backward()
+    flat = [value for part in expected.gradient for value in part.values()]
+    for parameter, gradient in zip(made.parameters(), flat, strict=True):
+        assert torch.equal(parameter.grad, 0.5 * gradient)
+
+
+def test_meta_training_pays():
+    """Sine waves are met better after 5 steps than before training could."""
+    config = tiny.sinusoid(
+        'model.config={"width": 24}',
+        "train.steps=150",
+        "train.batch=10",
+        'inner.parallel="vmap"',
+        "evaluate.every=150",
+        "evaluate.samples=50",
+        "checkpoint.every=150",
+        "data.shots=10",
+    )
+    job = Adapting(config)
+    before = MetaObjective(learner_of(config)).evaluate(nn.Identity(), [held_out(job)])
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        after = adapt(config, out=Path(folder) / "run").evaluation
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["loss"] < after["loss@0"]
+
+
+def held_out(job: Adapting) -> dict[str, Tensor]:
+    return job.data().held_out.batch([Place(i, i) for i in range(50)])
+
+
+def test_digits_from_classes_never_seen(tmp_path: Path):
+    run = adapt(
+        tiny.digits(
+            "train.steps=2", "evaluate.samples=3", 'estimator={"name": "binomial", "terms": 1}'
+        ),
+        out=tmp_path / "run",
+    )
+    assert {"loss", "accuracy", "confidence", "accuracy@0", "accuracy@5"} <= run.evaluation.keys()
+    assert 0 <= run.evaluation["accuracy"] <= 1
+    again = learner(run.out)
+    data = open_tasks(again.config.data, seed=0)
+    task = data.held_out.sample(0, 0)
+    support = {n.removeprefix("support."): t for n, t in task.items() if n.startswith("support.")}
+    before = {n: p.detach().clone() for n, p in again.model.named_parameters()}
+    adapted = again.adapt(support)
+    logits = adapted.predict({"images": task["query.images"]})
+    assert logits.shape == (6, 3)
+    # An independent inner loop, by autograd on the model itself.
+    expected = by_hand(again.model, support, task["query.images"], steps=2, lr=0.05)
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in again.model.named_parameters())
+    assert adapted.values.keys() == before.keys()
+
+
+def by_hand(
+    model: nn.Module, support: dict[str, Tensor], images: Tensor, *, steps: int, lr: float
+) -> Tensor:
+    import copy
+
+    model = copy.deepcopy(model).train()
+    for _ in range(steps):
+        loss = F.cross_entropy(model(support["images"]), support["labels"])
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(lr * parameter.grad)
+    with torch.no_grad():
+        return model(images)
+
+
+def test_the_uncertainty_of_a_posterior(tmp_path: Path):
+    run = adapt(of("bayesian", "train.steps=2"), out=tmp_path / "run")
+    again = learner(run.out)
+    task = again_task(again)
+    adapted = again.adapt(task)
+    estimator: Any = again.estimator
+    posterior = estimator.posterior(adapted.state)
+    assert posterior.mean.keys() == dict(again.model.named_parameters()).keys()
+    assert all(bool((v > 0).all()) for v in posterior.variance.values())
+    one, two = adapted.predict(task), adapted.predict(task)
+    assert not torch.equal(one, two), "predictions are of draws"
+    assert torch.allclose(one, two, atol=0.5)
+    assert torch.equal(adapted.values["head.bias"], posterior.mean["head.bias"])
+
+
+def again_task(made: Learner) -> dict[str, Tensor]:
+    sample = open_tasks(made.config.data, seed=0).held_out.sample(0, 0)
+    return {n.removeprefix("support."): t for n, t in sample.items() if n.startswith("support.")}
+
+
+def test_only_what_is_chosen_adapts(tmp_path: Path):
+    config = tiny.sinusoid('inner.where={"path": "head"}')
+    made = learner_of(config)
+    assert made.names.adapted == ("head.weight", "head.bias")
+    assert len(made.names.others) == 4
+    adapted = made.adapt(again_task(made))
+    before = dict(made.model.named_parameters())
+    assert {n for n, v in adapted.values.items() if not torch.equal(v, before[n])} == {
+        "head.weight",
+        "head.bias",
+    }
+    run = adapt(config, out=tmp_path / "run")
+    trained = load_file(run.model / "model.safetensors")
+    assert not torch.equal(trained["layers.0.weight"], before["layers.0.weight"])
+
+
+def test_the_command_line(tmp_path: Path):
+    from surgery.cli import app
+
+    file = tmp_path / "tiny.yaml"
+    file.write_text(tiny.sinusoid().to_yaml())
+    command = ["adapt", str(file), "train.steps=2", "--out", str(tmp_path / "run"), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["steps"] == 2
+    assert (tmp_path / "run" / "plots" / "losses.png").exists()
+    surgery.restore(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("name", shipped.adaptations())
+def test_shipped_configurations_are_read(name: str):
+    config = AdaptConfig.load(shipped.adaptations()[name])
+    assert config.name == name
+    assert AdaptConfig.parse(config.dump()) == config
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap"])
+def test_an_inner_loop_that_diverges_stops_with_step_and_norm(parallel: str, tmp_path: Path):
+    config = tiny.sinusoid("inner.lr=1e30", "inner.steps=4", f'inner.parallel="{parallel}"')
+    message = (
+        r"step 1: the inner loop of task \d diverged at inner step \d of 4: loss (nan|inf).*norm"
+    )
+    with pytest.raises(TrainingError, match=message):
+        adapt(config, out=tmp_path / "run")
+
+
+def test_a_held_out_inner_loop_that_diverges_stops(tmp_path: Path):
+    made = learner_of(tiny.sinusoid("inner.lr=1e30"))
+    batch = open_tasks(made.config.data, seed=0).held_out.batch([Place(0, 0)])
+    with pytest.raises(TrainingError, match=r"held-out tasks: the inner loop diverged, loss.* is"):
+        MetaObjective(made).evaluate(made.model, [batch])
+
+
+def test_adapting_that_diverges_stops():
+    made = learner_of(tiny.sinusoid("inner.lr=1e30"))
+    with pytest.raises(TrainingError, match=r"the inner loop diverged: .* is not finite after it"):
+        made.adapt(again_task(made), steps=6)
+
+
+class Writes(nn.Module):
+    """A linear layer that counts its calls in a way of its choice."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.how = how
+        self.register_buffer("calls", torch.zeros(()))
+        self.kept = torch.zeros(())
+        self.cache: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.calls.add_(1)
+        elif self.how == "replaced":
+            self.calls = self.calls + 1
+        elif self.how == "plain attribute":
+            self.kept = x.detach().mean()
+        elif self.how == "filled once" and self.cache is None:
+            self.cache = torch.ones(())
+        elif self.how == "in train mode only" and self.training:
+            self.calls.add_(1)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "plain attribute"])
+def test_a_model_that_writes_is_refused_with_the_modules_name(how: str):
+    model = nn.Sequential(nn.Linear(1, 1), Writes(how))
+    name = "kept" if how == "plain attribute" else "calls"
+    with (
+        episode_mode(model, "episode", dropout=False),
+        pytest.raises(ModelStateError, match=rf"1 \(Writes\) writes its tensor '{name}'"),
+    ):
+        check_functional(model, lambda: model(torch.ones(2, 1)))
+
+
+@pytest.mark.parametrize("how", ["nothing", "filled once", "in train mode only"])
+def test_a_model_that_writes_nothing_lasting_is_taken(how: str):
+    model = nn.Sequential(Writes(how), nn.BatchNorm1d(1), nn.Dropout())
+    with episode_mode(model, "episode", dropout=False):
+        check_functional(model, lambda: model(torch.ones(2, 1)))
+
+
+def changed_model(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], nn.Module]
+) -> None:
+    from surgery.train.adapt import run
+
+    build = run.build
+
+    def changed(config: Any, data: Any) -> Any:
+        from dataclasses import replace
+
+        built = build(config, data)
+        return replace(built, model=change(built.model))
+
+    monkeypatch.setattr(run, "build", changed)
+
+
+def test_a_run_names_the_module_that_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    changed_model(monkeypatch, lambda model: nn.Sequential(model, Writes("in place")))
+    with pytest.raises(ModelStateError, match=r"1 \(Writes\) writes its tensor 'calls'"):
+        adapt(tiny.sinusoid(), out=tmp_path / "run")
+
+
+def test_meta_parameters_without_a_gradient_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def with_a_spare_layer(model: nn.Module) -> nn.Module:
+        model.spare = nn.Linear(1, 1)
+        return model
+
+    changed_model(monkeypatch, with_a_spare_layer)
+    with pytest.raises(
+        ModelStateError, match=r"2 meta-parameters get no gradient.*: spare\.weight, spare\.bias"
+    ):
+        adapt(tiny.sinusoid(), out=tmp_path / "run")
+
+
+class Branching(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out if bool(out.sum() > 0) else 2 * out
+
+
+def test_a_model_that_cannot_be_mapped_is_refused_and_loops(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    changed_model(monkeypatch, Branching)
+    with pytest.raises(ModelStateError, match="Branching cannot be mapped over tasks"):
+        adapt(tiny.sinusoid('inner.parallel="vmap"'), out=tmp_path / "mapped")
+    config = tiny.sinusoid()
+    data = Adapting(config).data()
+    made = Learner(config, data.facts, Branching(Adapting(config).model(data)), example_of(data))
+    assert bool(torch.isfinite(made.estimated(example_of(data)).loss).all())
+
+
+REFUSED = {
+    'estimator={"name": "binomial", "terms": 9}': "9 terms, and there are 3 inner steps",
+    'estimator={"name": "implicit"}': "implicit needs the pull back to the start",
+    "train.compile=true": "the inner loop is not compiled",
+    "train.checkpointing=true": "cannot be differentiated twice",
+    'train.precision="bf16"': "second derivatives are not taken under autocast",
+    'train.on_nan="skip"': "goes on diverging",
+    'train.parallel="fsdp2"': "tasks are adapted to in one process",
+    'objective={"kind": "classification"}': "does not go with tasks of sinusoid data",
+    'model.unfreeze={"path": "head"}': "without rules all of the model is trained",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_does_not_go_together_is_refused(override: str):
+    with pytest.raises(ConfigError, match=REFUSED[override]):
+        tiny.sinusoid(override)
+
+
+MORE_REFUSED = {
+    "implicit": ('inner.rule="per-parameter"', "does not depend on its step sizes"),
+    "binomial": ("inner.proximal=1.0", "binomial is of an inner loop without a pull"),
+    "bayesian": ("inner.dropout=true", "under other dropout masks"),
+}
+
+
+@pytest.mark.parametrize("name", MORE_REFUSED)
+def test_what_an_estimator_cannot_do_is_refused(name: str):
+    override, message = MORE_REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        of(name, override)
+
+
+def test_a_selection_of_nothing_is_refused():
+    with pytest.raises(NoMatch, match=r"inner\.where .* selects nothing"):
+        learner_of(tiny.sinusoid('inner.where={"path": "heed"}'))
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="the launcher started 2"):
+        adapt(tiny.sinusoid(), out=tmp_path / "run")
+
+
+def test_a_model_of_other_outputs_is_refused():
+    with pytest.raises(ModelStateError, match=r"returned \(4, 3\); expected values \(4, 1\)"):
+        learner_of(tiny.sinusoid('model.config={"outputs": 3}'))
+    with pytest.raises(SurgeryError, match=r"has 3 classes.*returned logits \(2, 5\)"):
+        learner_of(tiny.digits('model.config={"in_chans": 1, "size": 16}'))
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="no run has ended there"):
+        learner(tmp_path)
+    run = adapt(of("unrolled", "train.steps=1"), out=tmp_path / "run")
+    (run.out / EXTRA).unlink()
+    with pytest.raises(CheckpointError, match="is of another inner loop: 6 tensors"):
+        learner(run.out)
