@@ -13,6 +13,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import CheckpointError, ConfigError, ModelStateError, SourceError
+from surgery.optim.reflora import RefLoRA
 from surgery.train import checkpoints, loop
 from surgery.train.finetune.heads import with_head
 from surgery.train.finetune.run import finetune
@@ -280,6 +281,22 @@ def test_b_learns_faster_with_loraplus(place: Path, monkeypatch: pytest.MonkeyPa
         for p in group["params"]
     }
     assert rates["lora_B"] == pytest.approx(16 * rates["lora_A"])
+
+
+def test_a_rule_sees_gradients_that_are_clipped(place: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[float] = []
+
+    def before(self: RefLoRA, optimizer: torch.optim.Optimizer) -> None:
+        given = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.append(float(nn.utils.get_total_norm(given)))
+
+    monkeypatch.setattr(RefLoRA, "before", before)
+    config = tiny.classify(
+        place / "parts", "train.clip=1e-3", "train.steps=2", rules=tiny.lowrank("reflora")
+    )
+    finetune(config, out=place / "clipped")
+    # clip_grad_norm_ divides by the norm plus 1e-6.
+    assert seen == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
 def test_accumulation_weighs_parts_by_their_tokens(place: Path):
