@@ -169,8 +169,8 @@ def _check_loadable(model: nn.Module, record: Record) -> None:
     baked = next((edit for edit in record.edits if edit not in apart), None)
     if baked is not None:
         raise ModelStateError(
-            f"what was inserted at {baked.site} is merged into the present weight",
-            hint="call surgery.adapters.unmerge(model) first",
+            f"what was inserted at {baked.site} ({baked.summary}) is in the present weight itself",
+            hint="unmerge the adapters (surgery.adapters.unmerge), or undo what was baked in",
         )
     edit = next(iter(bound(model, record)), None)
     if edit is not None:

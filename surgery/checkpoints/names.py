@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoints.inventory import Inventory, take
+from surgery.checkpoints.inventory import Inventory, places, take
 from surgery.checkpoints.sharded import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError
-from surgery.record import added_names
+from surgery.record import Record, added_names, record_of
 from surgery.sources.links import Link, linked, published
 from surgery.table import render
 
@@ -84,6 +84,7 @@ class KeyMap:
         unknown: Keys of the checkpoint that the model has no place for.
         ignored: Keys that the model's library leaves out on purpose.
         optional: Names that the model's library does not miss in a checkpoint.
+        gone: Name of what rewrites took away again → id of the rule that did.
         mismatched: Stock tensors whose shape in the checkpoint is another.
         label: What the keys are those of, for messages.
     """
@@ -93,6 +94,7 @@ class KeyMap:
     unknown: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
+    gone: Mapping[str, str] = field(default_factory=dict[str, str])
     mismatched: tuple[Mismatch, ...] = ()
     label: str = "the published checkpoint"
     _expected: Callable[[], Mapping[str, tuple[str, ...]]] = field(default=dict, repr=False)
@@ -111,11 +113,6 @@ class KeyMap:
     def new(self) -> Mapping[str, str]:
         """Name of everything that rewrites added → the rule that did."""
         return {entry.name: entry.rule for entry in self.entries if entry.rule is not None}
-
-    @property
-    def gone(self) -> tuple[str, ...]:
-        """Keys that lead to no tensor of the model."""
-        return self.unknown
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -239,6 +236,7 @@ class KeyMap:
                 {"keys": list(link.keys), "names": list(link.names), "operation": link.operation}
                 for link in self.links
             ],
+            "gone": dict(self.gone),
             "unknown": list(self.unknown),
             "ignored": list(self.ignored),
             "missing": list(self.missing),
@@ -254,9 +252,10 @@ class KeyMap:
 
     def _mismatch(self, odd: Mismatch) -> str:
         more = f", and {len(self.mismatched) - 1} more differ" if len(self.mismatched) > 1 else ""
-        absent = set(self._expected().get(odd.name, ())).difference(odd.keys)
-        if len(odd.keys) > 1 and absent:
-            return f"{odd.name} needs {_some(sorted(absent))}, which is not there{more}"
+        expected = self._expected().get(odd.name, ())
+        absent = [key for key in expected if key not in odd.keys]
+        if absent and set(odd.keys).issubset(expected):
+            return f"{odd.name} needs {_some(absent)}, which is not there{more}"
         return (
             f"{odd.name} is made of {_some(odd.keys)} as {odd.found}, the model's is "
             f"{odd.expected}{more}"
@@ -296,6 +295,7 @@ def keymap(model: nn.Module, checkpoint: Published | None = None) -> KeyMap:
         unknown=related.unknown,
         ignored=related.ignored,
         optional=related.optional,
+        gone=_gone(model, {name for name, _ in places(model)}),
         mismatched=() if checkpoint is None else tuple(_mismatched(related.links, state, keys)),
         label=label_of(checkpoint),
         _expected=expected,
@@ -304,6 +304,11 @@ def keymap(model: nn.Module, checkpoint: Published | None = None) -> KeyMap:
 
 def _keys_by_name(links: Iterable[Link]) -> dict[str, tuple[str, ...]]:
     return {name: link.keys for link in links for name in link.names}
+
+
+def _gone(model: nn.Module, present: set[str]) -> dict[str, str]:
+    edits = (record_of(model) or Record()).edits
+    return {n: edit.rule for edit in edits for n in edit.removes if n not in present}
 
 
 def _mismatched(
