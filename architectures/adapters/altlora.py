@@ -9,7 +9,7 @@ from architectures.adapters.lora import LoRA
 
 
 @dataclass(frozen=True)
-class Options:
+class AltLoRAOptions:
     """How AltLoRA steps. The authors' values are not known: the defaults are this project's.
 
     Attributes:
@@ -36,5 +36,5 @@ class AltLoRA(LoRA):
     Tensors, start, forward and merge are those of LoRA.
     """
 
-    Options: ClassVar[type] = Options
+    Options: ClassVar[type] = AltLoRAOptions
     step_rule: ClassVar[str | None] = "altlora"

@@ -9,7 +9,7 @@ from architectures.adapters.lora import LoRA
 
 
 @dataclass(frozen=True)
-class Options:
+class LoRAProOptions:
     """How LoRA-Pro inverts.
 
     Attributes:
@@ -29,5 +29,5 @@ class LoRAPro(LoRA):
     Tensors, start, forward and merge are those of LoRA.
     """
 
-    Options: ClassVar[type] = Options
+    Options: ClassVar[type] = LoRAProOptions
     step_rule: ClassVar[str | None] = "lora-pro"

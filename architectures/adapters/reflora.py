@@ -33,7 +33,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Options(Schedule):
+class RefLoRAOptions(Schedule):
     """How RefLoRA starts and when it acts.
 
     Attributes:
@@ -52,7 +52,7 @@ class RefLoRA(LoRA):
     Tensors, forward and merge are those of LoRA.
     """
 
-    Options: ClassVar[type] = Options
+    Options: ClassVar[type] = RefLoRAOptions
     step_rule: ClassVar[str | None] = "reflora"
 
     @classmethod

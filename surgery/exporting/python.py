@@ -30,7 +30,7 @@ from surgery.exporting.code.rewrites import obstacle, rewrites_of
 from surgery.exporting.code.text import Code, calls, literal
 from surgery.exporting.provenance import NAME
 from surgery.exporting.weights import SHARD, write_weights
-from surgery.record import record_of
+from surgery.record import Record, record_of
 from surgery.rules.strict import options
 from surgery.sources import Example, describe, why_undescribed
 from surgery.sources.libraries import BUILD_ERRORS, PLAIN, library_of, require
@@ -161,9 +161,9 @@ def _check_made(model: nn.Module, arguments: Mapping[str, Any]) -> None:
             made = cls(**arguments).state_dict()
     except BUILD_ERRORS as error:
         raise ExportError(f"{called} makes no model: {type(error).__name__}: {error}") from error
-    record = record_of(model)
-    added = {name for edit in record.edits for name in edit.adds} if record else set[str]()
-    expected = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in added}
+    record, state = record_of(model) or Record(), model.state_dict(keep_vars=True)
+    added = {id(state.get(name)) for edit in record.edits for name in edit.adds}
+    expected = {name: tuple(each.shape) for name, each in state.items() if id(each) not in added}
     found = {name: tuple(tensor.shape) for name, tensor in made.items()}
     odd = next((n for n in (*expected, *found) if expected.get(n) != found.get(n)), None)
     if odd is not None:

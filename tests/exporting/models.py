@@ -52,9 +52,9 @@ def rewired(name: str, **options: Any) -> nn.Module:
     return rewire(stock(name), **options)
 
 
-def rewire(model: nn.Module, **options: Any) -> nn.Module:
+def rewire(model: nn.Module, *, example: Any = None, **options: Any) -> nn.Module:
     rule = surgery.Rule(surgery.Shortcuts(**options), where=surgery.Stack("all"))
-    return randomise(surgery.apply(model, rule))
+    return randomise(surgery.apply(model, rule, example=example))
 
 
 def randomise(model: nn.Module) -> nn.Module:

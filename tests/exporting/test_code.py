@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from architectures import adapters, shortcuts
+from architectures.shortcuts import kernels
 from surgery.exporting.code import runtime
 from surgery.exporting.code.inline import Inlined, is_copied
 from surgery.exporting.code.rewrites import Adapted, Rewired, Rewrites, rewrites_of
@@ -115,6 +118,19 @@ def test_what_is_evaluated_at_once_stands_above() -> None:
     bases = ["class Adapter(", "class Method(", "class LoRA(", "class PiSSA("]
     places = [text.index(base) for base in bases]
     assert places == sorted(places)
+
+
+def test_definitions_that_are_copied_together_have_names_of_their_own() -> None:
+    homes: dict[str, set[str]] = {}
+    for package in (shortcuts, adapters, kernels):
+        for name in Path(str(package.__file__)).parent.glob("*.py"):
+            for node in ast.parse(name.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    homes.setdefault(node.name, set()).add(name.name)
+    # The other kernels, and histories, are what the plain kernel stands in for.
+    left_out = {"__init__.py", "fused.py", "blocked.py", "history.py"}
+    twice = {name: files - left_out for name, files in homes.items()}
+    assert {name: files for name, files in twice.items() if len(files) > 1} == {}
 
 
 def test_two_things_of_one_name_are_refused() -> None:

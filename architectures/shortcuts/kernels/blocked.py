@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from architectures.shortcuts import _torch
-from architectures.shortcuts.kernels.layout import flat, result_dtype, wide
+from architectures.shortcuts.kernels.layout import flat, result_dtype, wide_dtype
 
 #: Elements of a block per thread: 512 KiB in float32.
 BLOCK = 128 * 1024
@@ -26,7 +26,7 @@ def combine(
     out = torch.empty_like(base, dtype=result_dtype((base, *states)))
     factors = _torch.floats(coefficients)
     factor = None if scale is None else scale.item()
-    scratch = _Scratch(wide(out.dtype))
+    scratch = _Scratch(wide_dtype(out.dtype))
     for out_block, base_block, *blocks in _blocks(out, [out, base, *states]):
         total = scratch.room("total", out_block)
         so_far = scratch.widened("base", base_block)
@@ -50,7 +50,7 @@ def pull(
     """See the package."""
     out = torch.empty_like(state)
     factors = _torch.floats(coefficients)
-    scratch = _Scratch(wide(result_dtype((state, *gradients))))
+    scratch = _Scratch(wide_dtype(result_dtype((state, *gradients))))
     start = [] if gradient is None else [gradient]
     products: list[Tensor] = []
     for out_block, state_block, *rest in _blocks(out, [out, state, *start, *gradients]):
@@ -83,7 +83,7 @@ def push(
     like = torch.empty_like(gradient)
     outs = [torch.empty_like(like, dtype=state.dtype) for state in states]
     factors = _torch.floats(coefficients)
-    scratch = _Scratch(wide(result_dtype((gradient, *states))))
+    scratch = _Scratch(wide_dtype(result_dtype((gradient, *states))))
     products: list[Tensor] = []
     for block, *rest in _blocks(like, [gradient, *states, *outs]):
         value = scratch.widened("gradient", block)

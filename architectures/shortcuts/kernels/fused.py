@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from architectures.shortcuts.kernels.layout import flat, result_dtype, wide
+from architectures.shortcuts.kernels.layout import flat, result_dtype, wide_dtype
 
 #: Elements of one program.
 BLOCK = 2048
@@ -98,7 +98,7 @@ def combine(
     total = base
     for first in range(0, max(len(states), 1), MOST):
         last = first + MOST >= len(states)
-        out = torch.empty_like(base, dtype=dtype if last else wide(dtype))
+        out = torch.empty_like(base, dtype=dtype if last else wide_dtype(dtype))
         part = slice(first, first + MOST)
         _launch_combine(out, total, None if first else scale, coefficients[part], states[part])
         total = out
@@ -115,7 +115,7 @@ def pull(
     need_products: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See the package."""
-    dtype = wide(result_dtype((state, *gradients)))
+    dtype = wide_dtype(result_dtype((state, *gradients)))
     total, products = gradient, list[Tensor]()
     for first in range(0, len(gradients), MOST):
         last = first + MOST >= len(gradients)
@@ -153,7 +153,7 @@ def _launch_combine(
             len(states),
             out.numel(),
             SCALED=scale is not None,
-            WIDE=_WIDE[wide(result_dtype((base, *states)))],
+            WIDE=_WIDE[wide_dtype(result_dtype((base, *states)))],
             BLOCK=BLOCK,
         )
 
@@ -172,7 +172,7 @@ def _launch_pull(
     out, state, begin, *gradients = flat(
         total, [total, state, state if start is None else start, *gradients]
     )
-    dtype = wide(result_dtype((state, *gradients)))
+    dtype = wide_dtype(result_dtype((state, *gradients)))
     programs = triton.cdiv(out.numel(), BLOCK)
     padded = _padded(gradients)
     partial = torch.empty(len(padded), programs, dtype=dtype, device=out.device)

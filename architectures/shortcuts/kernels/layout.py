@@ -16,7 +16,7 @@ def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of ``dtype`` are made in."""
     return torch.promote_types(dtype, torch.float32)
 

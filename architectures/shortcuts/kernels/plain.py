@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from architectures.shortcuts.kernels.layout import result_dtype, wide
+from architectures.shortcuts.kernels.layout import result_dtype, wide_dtype
 
 
 def combine(
@@ -15,7 +15,7 @@ def combine(
 ) -> Tensor:
     """See the package."""
     dtype = result_dtype((base, *states))
-    total = base.to(wide(dtype))
+    total = base.to(wide_dtype(dtype))
     if scale is not None:
         total = total * scale
     for coefficient, state in zip(coefficients.unbind(), states, strict=True):
@@ -33,7 +33,7 @@ def pull(
     need_products: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See the package."""
-    dtype = wide(result_dtype((state, *gradients)))
+    dtype = wide_dtype(result_dtype((state, *gradients)))
     total = products = None
     if need_state:
         start = torch.zeros_like(state) if gradient is None else gradient
@@ -53,7 +53,7 @@ def push(
     need_products: bool,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """See the package."""
-    dtype = wide(result_dtype((gradient, *states)))
+    dtype = wide_dtype(result_dtype((gradient, *states)))
     widened = gradient.to(dtype)
     totals = [
         (factor * widened).to(state.dtype) if need else None
