@@ -15,7 +15,23 @@ PATIENCE = 300
 """Seconds until something that never happens is taken for a hang; a busy machine is slow."""
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.train.parts", "accelerate", "surgery.train.data.digits"])
+# What every run imports sooner or later: once here is cheaper than in each of its processes.
+context.set_forkserver_preload(
+    [
+        "tests.train.parts",
+        "accelerate",
+        "peft",
+        "pytest",
+        "ruamel.yaml",
+        "sklearn.datasets",
+        "surgery.train.data.digits",
+        "surgery.train.finetune.run",
+        "surgery.train.run",
+        "torch._dynamo",
+        "torchvision.transforms.v2",
+        "transformers.models.bert.modeling_bert",
+    ]
+)
 
 Process = Any
 
