@@ -21,34 +21,40 @@ from surgery.tree import children, joined, named_modules, named_parameters, own_
 BAKED = "mirror"
 
 
-def mapped_sites(model: nn.Module) -> dict[str, Attachment]:
-    """Path of every layer and name of every parameter that is mapped → what maps it."""
+def holding(model: nn.Module) -> set[str]:
+    """Every path at or below which a mapped parameter is, those of the parameters included."""
     paths = {id(module): path for path, module in named_modules(model, duplicates=False)}
-    found: dict[str, Attachment] = {}
+    found: set[str] = set()
     for attachment in attachments(model):
         for module, name in attachment.members:
-            found[paths[id(module)]] = attachment
-            found[joined(paths[id(module)], name)] = attachment
+            path = joined(paths[id(module)], name)
+            while path not in found:
+                found.add(path)
+                path = path.rpartition(".")[0]
     return found
 
 
 def propose_baking(
     sites: Sequence[Site], context: PlanContext, keep_base: Literal["memory", "none"]
 ) -> list[Edit]:
-    """One edit for each map of which at least one parameter was selected.
+    """One edit for each map that has a parameter at or below a selected site.
 
     Raises:
         RuleError: a map or a parameter is on the meta device.
     """
     paths = {id(module): path for path, module in named_modules(context.model, duplicates=False)}
-    chosen = {site.path for site in sites}
+    chosen = [site.path for site in sites]
     edits: list[Edit] = []
     for attachment in attachments(context.model):
         places = [(paths[id(module)], name) for module, name in attachment.members]
-        if chosen & {name for path, own in places for name in (path, joined(path, own))}:
+        if any(_is_below(joined(*place), path) for place in places for path in chosen):
             where = paths[id(attachment.map)]
             edits.append(_edit(attachment, places, where, context, keep_base))
     return edits
+
+
+def _is_below(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(f"{path}.")
 
 
 def _edit(

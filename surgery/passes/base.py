@@ -66,9 +66,9 @@ class ApplyContext:
     _modules: dict[int, dict[str, nn.Module]] = field(default_factory=dict[int, Any])
 
     def module(self, model: nn.Module, path: str) -> nn.Module:
-        """The module at a dotted path; the tree is walked once, not once per call."""
+        """The module at a dotted path; the tree is walked once, and again when it has grown."""
         known = self._modules.get(id(model))
-        if known is None:
+        if known is None or path not in known:
             known = dict(named_modules(model))
             self._modules[id(model)] = known
         return known[path]

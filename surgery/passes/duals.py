@@ -256,6 +256,7 @@ def attach(root: nn.Module, holder: nn.Module, key: str, attachment: Attachment)
         cover(holder)
         holder.add_module(MAPS, mirrors)
     mirrors.add_module(key, attachment.map)
+    _sort(mirrors, holder)
     for index, (module, name) in enumerate(attachment.members):
         links = {**links_of(module), name: (attachment, index)}
         # Another thread reads either the old links or the new ones.
@@ -266,6 +267,14 @@ def attach(root: nn.Module, holder: nn.Module, key: str, attachment: Attachment)
     scope = scope_of(stock_class(root))
     if scope not in grafts(root):
         graft(root, scope)
+
+
+def _sort(mirrors: Mirrors, holder: nn.Module) -> None:
+    """Put maps in the order of the parameters, whatever order they came in: as before an undo."""
+    held = cast("dict[str, nn.Module]", mirrors.__dict__["_modules"])
+    own = [name for name in own_parameters(holder) if name in held]
+    for key in (*own, *sorted(set(held) - set(own), key=int)):
+        held[key] = held.pop(key)
 
 
 def detach(root: nn.Module, holder: nn.Module, key: str) -> Attachment:

@@ -15,8 +15,8 @@ from surgery.errors import ModelStateError, RuleError, SourceError
 from surgery.passes.baking import (
     bake,
     check_unbakeable,
+    holding,
     is_baking,
-    mapped_sites,
     propose_baking,
     unbake,
 )
@@ -28,7 +28,7 @@ from surgery.select import Match, ModelMap, Site
 from surgery.tree import children
 
 FROZEN = "frozen"
-_NOTHING = "it is no block of a rewired stack and has no mirror map"
+_NOTHING = "it is no block of a rewired stack and holds nothing that is mapped"
 
 
 @options
@@ -65,11 +65,11 @@ class Freeze(Pass):
             for member in segment.members
         }
 
-        mirrored = mapped_sites(sites.model)
+        mirrored = holding(sites.model)
 
         def accepts(site: Site) -> Match:
             if site.path in mirrored:
-                return Match.yes("it has a mirror map")
+                return Match.yes("it holds what a mirror map maps")
             segment = rewired.get(site.path) if site.parameter is None else None
             if segment is None:
                 return Match.no(_NOTHING)

@@ -12,7 +12,7 @@ import torch
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import is_parametrized
 
 from architectures.adapters import Method
 from architectures.mirror import MirrorMap
@@ -34,7 +34,7 @@ from surgery.passes.methods import completed, known_map, map_named, method_named
 from surgery.record import Contract, Edit, TensorSpec, record_of
 from surgery.rules import Where, options
 from surgery.select import Match, ModelMap, Site
-from surgery.select.sites import is_layer
+from surgery.select.sites import is_layer, own_children
 from surgery.table import human_count
 from surgery.tree import children, joined, named_modules, named_parameters, own_parameters
 
@@ -50,7 +50,8 @@ class Mirror(Pass):
     Args:
         map: Name of the map; ``surgery list maps`` shows them.
         parameters: Which parameters of the selected layers, by the last part of their names, such
-            as ``[weight]``; all by default.
+            as ``[weight]``, or ``[lora_A, lora_B]`` for those of adapters; by default all that the
+            layers came with.
         dtype: Of the map's parameters, which is what it computes in; by default that of the
             mapped ones, float32 at least.
         freeze: What stops requiring gradients: the ``rest`` of the stock model, which is not
@@ -89,25 +90,23 @@ class Mirror(Pass):
 
     def accepts(self, site: Site) -> Match:
         """Whether the site has parameters that a map can take."""
-        if isinstance(site.module, ParametrizationList):
-            return Match.no(
-                "it lies behind a parametrization, which computes the parameter already"
-            )
+        if is_parametrized(site.module):
+            return Match.no("a parametrization computes what it has already")
         if site.created_by is not None and not _exists(site):
             return Match.yes("it will be a parameter")
         if site.parameter is None and not is_layer(site.module):
             return Match.no(
                 "it is no single layer; its parameters and the layers inside are sites of their own"
             )
-        names = self._names(site)
-        if not names:
+        found = self._found(site)
+        if not found:
             wanted = "" if self.parameters is None else f" called {' or '.join(self.parameters)}"
             return Match.no(f"it has no parameter{wanted}")
-        for name in names:
-            why = _unsuited(site.module, name)
+        for _, module, name in found:
+            why = _unsuited(module, name)
             if why is not None:
                 return Match.no(why)
-        return Match.yes(f"its {' and '.join(names)} can be mapped")
+        return Match.yes(f"its {' and '.join(name for *_, name in found)} can be mapped")
 
     def chooser(self, sites: ModelMap, where: Where | None) -> Callable[[Site], Match]:
         """``accepts``, save for what belongs to a map itself."""
@@ -234,10 +233,23 @@ class Mirror(Pass):
 
     # -- planning ------------------------------------------------------------------------------
 
-    def _names(self, site: Site) -> list[str]:
-        """Names of the parameters of a site that the rule means."""
-        own = [site.parameter] if site.parameter else list(own_parameters(site.module))
-        return [name for name in own if self._means(name)]
+    def _found(self, site: Site) -> list[tuple[str, nn.Module, str]]:
+        """Path of the module, module and name of each parameter of a site that the rule means.
+
+        A rule that names its ``parameters`` means those of what earlier rules added to a layer,
+        too, such as the factors of its adapters.
+        """
+        if site.parameter is not None:
+            path = site.path.removesuffix(site.parameter).rstrip(".")
+            return [(path, site.module, site.parameter)] if self._means(site.parameter) else []
+        stock = [(site.path, site.module)]
+        added = [] if self.parameters is None else list(_added(site))
+        return [
+            (path, module, name)
+            for path, module in (*stock, *added)
+            for name in own_parameters(module)
+            if self._means(name)
+        ]
 
     def _means(self, name: str) -> bool:
         return self.parameters is None or name.rpartition(".")[2] in self.parameters
@@ -259,12 +271,9 @@ class Mirror(Pass):
             if self._means(name) and spec.trainable:
                 yield _Member(path, name, spec.shape, spec.torch_dtype, None, None)
             return
-        path = site.path
-        if site.parameter is not None:
-            path = path.removesuffix(site.parameter).rstrip(".")
-        for name in self._names(site):
-            tensor = own_parameters(site.module)[name]
-            yield _Member(path, name, tuple(tensor.shape), tensor.dtype, site.module, tensor)
+        for path, module, name in self._found(site):
+            tensor = own_parameters(module)[name]
+            yield _Member(path, name, tuple(tensor.shape), tensor.dtype, module, tensor)
 
     def _edit(
         self,
@@ -388,6 +397,17 @@ class _Member:
 
 def _exists(site: Site) -> bool:
     return site.parameter is None or site.parameter in own_parameters(site.module)
+
+
+def _added(site: Site) -> Iterator[tuple[str, nn.Module]]:
+    """What earlier rules added to a layer, save mirror maps, with every module inside."""
+    stock = own_children(site.module)
+    for name, child in children(site.module).items():
+        if name in stock or isinstance(child, Mirrors):
+            continue
+        for path, module in named_modules(child, duplicates=False):
+            if MAPS not in path.split("."):
+                yield joined(site.path, name, path), module
 
 
 def _unsuited(module: nn.Module, name: str) -> str | None:
