@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,7 +37,6 @@ from study import (
     ROOT,
     Folders,
     Place,
-    draw_losses,
     machine,
     markdown,
     names_of,
@@ -56,7 +56,8 @@ from surgery.train.data.base import Samples
 from surgery.train.finetune.config import FinetuneConfig
 from surgery.train.finetune.run import Finetuning, finetune
 from surgery.train.loop import Loop
-from surgery.train.views import read_run
+from surgery.train.views import canvas, losses, read_run
+from surgery.train.views.runs import Series
 
 PLACE = Place.named("adapters", __file__, "adapters-evidence.md")
 
@@ -389,7 +390,34 @@ def write_results(plan: Plan) -> None:
         "table": table(found, folders),
     }
     write_json(place.results / f"compare-{plan.name}.json", data)
-    draw_losses(folders, place.images / f"adapters-{plan.name}-losses.png")
+    canvas.save(picture(folders), place.images / f"adapters-{plan.name}.png")
+
+
+def picture(folders: Folders) -> canvas.Figure:
+    """Training losses, the mean over seeds, and what every seed ended with on the test part."""
+    records = {name: [read_run(each) for each in found.values()] for name, found in folders.items()}
+    figure = canvas.new_figure(13, 4.4)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    for index, (name, runs) in enumerate(records.items()):
+        values = np.mean([run.train.values for run in runs], axis=0)
+        mean = losses.smoothed(Series(runs[0].train.steps, values))
+        left.plot(mean.steps, mean.values, label=name, linewidth=1.4, **canvas.line_look(index))
+        for axes, metric in ((middle, "loss"), (right, "accuracy")):
+            ended = [float(run.evaluations[metric].values[-1]) for run in runs]
+            color = canvas.line_look(index)["color"]
+            axes.plot(ended, [index] * len(ended), "o", color=color, alpha=0.45, markersize=5)
+            axes.plot([np.mean(ended)], [index], "|", color=color, markersize=17)
+            if name == BASELINE:
+                axes.axvline(np.mean(ended), color=canvas.GREY, linewidth=0.9, linestyle="--")
+    left.set(xlabel="step", ylabel="training loss, mean over seeds, smoothed")
+    left.legend(fontsize=8, frameon=False)
+    middle.set(xlabel="test loss, every seed", yticks=range(len(records)), yticklabels=records)
+    right.set(xlabel="test accuracy, every seed", yticks=range(len(records)), yticklabels=[])
+    for axes in (left, middle, right):
+        canvas.plain(axes)
+    for axes in (middle, right):
+        axes.invert_yaxis()
+    return figure
 
 
 def facts(plan: Plan) -> dict[str, Any]:
@@ -487,8 +515,8 @@ def section(
         edge = " (at the edge of the grid)" if grid["edge"] else ""
         yield f"- `{method}`: {grid['chosen']:g}{edge} of {tried}"
     yield ""
-    if (images / f"adapters-{name}-losses.png").is_file():
-        yield f"\n![Loss curves.](images/adapters-{name}-losses.png)\n"
+    if (images / f"adapters-{name}.png").is_file():
+        yield f"\n![Loss by step, and by method at the end.](images/adapters-{name}.png)\n"
 
 
 def timed(
