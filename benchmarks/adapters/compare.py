@@ -438,7 +438,13 @@ def facts(plan: Plan) -> dict[str, Any]:
         "classes": data.facts.classes,
         "majority": float(labels.bincount().max() / len(labels)),
         "rank": RANK,
+        "start": None if plan.task.source else last_accuracy(plan.task.folder(plan.steps)),
     }
+
+
+def last_accuracy(folder: Path) -> float:
+    """What a pretrained model named right at its end, of what it was held out."""
+    return float(read_run(folder).evaluations["accuracy"].values[-1])
 
 
 def table(found: Comparison, folders: Folders) -> list[dict[str, str]]:
@@ -497,8 +503,10 @@ def section(
 ) -> Iterator[str]:
     """One task on the page."""
     where, facts = data["machine"], data["facts"]
+    start = facts["start"]
+    upright = f"Upright it names {start:.1%} of held-out digits right. " if start else ""
     yield (
-        f"{task.what} {facts['training']} training samples of {facts['classes']} classes, "
+        f"{task.what} {upright}{facts['training']} training samples of {facts['classes']} classes, "
         f"{facts['test']} test samples; naming the largest class is right for "
         f"{facts['majority']:.1%}. {data['steps']} steps of {task.batch}, rank {facts['rank']} on "
         f"every linear layer of attention and MLP. Measured {data['date']} on {where['threads']} "
