@@ -13,12 +13,14 @@ ROOT = Path(__file__).parents[1]
 # Arguments that make an example short; what it claims it still checks itself.
 SHORT = {
     "deep_linear.py": ["--time", "80"],
+    "minilm_export.py": ["--only", "both", "--formats", "transformers"],
     "minilm_ancre.py": ["--steps", "2", "--texts", "8"],
     "minilm_lora.py": ["--seconds", "2", "--texts", "20"],
 }
 #: What shows that an example came to its end.
 SAYS = {
     "deep_linear.py": ["each falls as theory says", "deep_linear.png"],
+    "minilm_export.py": ["give the sentence embeddings of the model in memory"],
     "minilm_ancre.py": ["What was proved", "bitwise equal"],
     "minilm_lora.py": ["What was proved", "bitwise equal"],
 }

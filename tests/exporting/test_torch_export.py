@@ -29,6 +29,14 @@ def test_a_decoder_with_shortcuts_takes_other_sizes(tmp_path: Path) -> None:
     torch.testing.assert_close(found["logits"], wanted["logits"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_start_that_mixes_nothing_into_the_first_layer(tmp_path: Path) -> None:
+    model = models.rewired("llama", init="identity")
+    done = surgery.export(
+        model, tmp_path / "m.pt2", format="torch_export", example=models.text(), dynamic=[]
+    )
+    assert done.agreement.deviation < 1e-5
+
+
 LOADED = """
 import sys
 sys.modules.update(dict.fromkeys(["surgery", "architectures", "timm", "transformers"]))

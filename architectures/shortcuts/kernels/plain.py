@@ -18,7 +18,9 @@ def combine(
     total = base.to(wide_dtype(dtype))
     if scale is not None:
         total = total * scale
-    for coefficient, state in zip(coefficients.unbind(), states, strict=True):
+    # torch.export cannot read back the unbinding of an empty tensor.
+    single = coefficients.unbind() if states else ()
+    for coefficient, state in zip(single, states, strict=True):
         total = total + coefficient * state.to(total.dtype)
     return total.to(dtype)
 
