@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from surgery.record import Record, added_names, record_of
 from surgery.save_guard import not_baked
 from surgery.sources import describe, rebuild
 from surgery.sources.links import Link
-from surgery.tree import named_modules
+from surgery.tree import joined, named_modules
 
 
 def stock_weights(model: nn.Module, *, published: bool = False) -> dict[str, Tensor]:
@@ -187,7 +187,7 @@ def _rule_of(record: Record, name: str) -> str:
 
 def _stream(
     model: nn.Module, names: KeyMap, checkpoint: Published, device: torch.device | None
-) -> set[str]:
+) -> Collection[str]:
     """Read a checkpoint tensor by tensor into a model; the names that were filled."""
     stream = _Stream(names, checkpoint, dict(places(model)), device)
     with progress.task("loading", sum(map(stream.size, names.by_key)), "bytes") as task:
@@ -219,7 +219,7 @@ class _Stream:
         self.names = names
         self.where = where
         self.device = device
-        self.filled: set[str] = set()
+        self.filled: dict[str, str] = {}
         self.read, self.size = _reader(checkpoint)
 
     def made(self, link: Link) -> Iterator[tuple[str, Tensor]]:
@@ -243,11 +243,11 @@ class _Stream:
         if first not in self.filled:
             with torch.no_grad():
                 fill(place, value, set(), self.device)
-            self.filled.add(first)
+            self.filled[first] = name
         elif not same_bits(place.tensor.detach().cpu(), value.cpu()):
             raise CheckpointError(
-                f"{self.names.label} holds different values for {first} and {name}, which are one "
-                "tensor in the model",
+                f"{self.names.label} holds different values for {self.filled[first]} and {name}, "
+                "which are one tensor in the model",
                 hint="build the model with tie_word_embeddings=False, or remove one of them",
             )
 
@@ -317,33 +317,52 @@ def _fill_from_library(
 ) -> None:
     """Buffers and attributes with the values that the model's library gives them when it builds."""
     description = describe(model)
-    first = next(iter(rest), None) or ".".join(filter(None, (loose[0][0], loose[0][2])))
+    first = next(iter(rest), None) or joined(loose[0][0], loose[0][2])
     if description is None:
         raise ModelStateError(
             f"{first} is on the meta device and no checkpoint holds it",
-            hint="build the model with its buffers at hand: with "
+            hint="build the model with its buffers at hand: within "
             "accelerate.init_empty_weights(include_buffers=False)",
         )
-    built = rebuild(description, parameters="meta")
-    known = {name: place.tensor for name, place in places(built)}
+    parameter = next((name for name, place in rest.items() if place.is_parameter), None)
+    if parameter is not None:
+        raise ModelStateError(
+            f"{parameter} is on the meta device, and the checkpoint has no value for it",
+            hint="load the model with its own library and apply the recipe to it",
+        )
+    wanted = [*rest, *(joined(path, key) for path, _, key in loose)]
+    known = _as_built(description, wanted)
     for name, place in rest.items():
-        value = known.get(name)
-        if value is None or value.device.type == "meta":
-            raise ModelStateError(
-                f"{name} is on the meta device, and neither the checkpoint nor its library has a "
-                "value for it",
-                hint="load the model with its own library and apply the recipe to it",
-            )
-        place.put(like(place.tensor, value.to(device, place.tensor.dtype)))
-    modules = dict(named_modules(built))
+        place.put(known[name].to(device, place.tensor.dtype))
     for path, module, key in loose:
-        value = vars(modules[path]).get(key)
-        if not isinstance(value, Tensor) or value.device.type == "meta":
-            raise ModelStateError(
-                f"{path}.{key} is a tensor on the meta device that is neither parameter nor buffer",
-                hint="register it as a buffer, or load the model with its own library",
-            )
-        vars(module)[key] = value.to(device)
+        vars(module)[key] = known[joined(path, key)].to(device)
+
+
+def _as_built(description: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Buffers, and tensors that are plain attributes, as a library gives them their values."""
+    found = _buffers(rebuild(description, parameters="meta"))
+    left = [name for name in wanted if name not in found]
+    if left:
+        # Some are computed where the parameters are, so those have to be somewhere: for a moment,
+        # and before the first weight is read.
+        found = _buffers(rebuild(description))
+        left = [name for name in wanted if name not in found]
+    if left:
+        raise ModelStateError(
+            f"{left[0]} is on the meta device, and neither the checkpoint nor its library has a "
+            "value for it",
+            hint="load the model with its own library and apply the recipe to it",
+        )
+    return found
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that has values in a model but its parameters."""
+    found = {name: place.tensor for name, place in places(model) if not place.is_parameter}
+    for path, module in named_modules(model, duplicates=False):
+        plain = {k: each for k, each in vars(module).items() if isinstance(each, Tensor)}
+        found.update({joined(path, key): each for key, each in plain.items()})
+    return {name: tensor for name, tensor in found.items() if not tensor.is_meta}
 
 
 def _begin(model: nn.Module, device: torch.device) -> None:

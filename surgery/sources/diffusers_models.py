@@ -93,14 +93,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"config": {key: value for key, value in config.items() if key in known}}
 
 
-def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def rebuild(description: Mapping[str, Any], dtype: torch.dtype, request: Request) -> nn.Module:
     """A model of the class and constructor arguments in ``description``."""
     del dtype  # each tensor is cast to its own recorded dtype afterwards
     model_class = resolve_class(LIBRARY, description["class"], "ModelMixin")
-    config = dict(description["config"])
-    _check_names(model_class, config)
-    request = Request(config=config, pretrained=False, device=torch.device("cpu"), dtype=None)
-    return _construct(model_class, config, request)
+    _check_names(model_class, request.config)
+    return _construct(model_class, request.config, request)
 
 
 def _construct(model_class: Any, config: Mapping[str, Any], request: Request) -> nn.Module:

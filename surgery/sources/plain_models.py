@@ -34,7 +34,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"config": model.arguments}
 
 
-def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def rebuild(description: Mapping[str, Any], dtype: torch.dtype, request: Request) -> nn.Module:
     """A model of the class and constructor arguments in ``description``."""
     del dtype  # each tensor is cast to its own recorded dtype afterwards
     classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in MODULES.values()}
@@ -43,12 +43,10 @@ def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
         raise SourceError(
             f"{path!r} is not a backbone of this project", hint=suggest(path, classes)
         )
-    config = dict(description["config"])
-    request = Request(config=config, pretrained=False, device=torch.device("cpu"), dtype=None)
-    return _construct(classes[path], request, place=False)
+    return _construct(classes[path], request)
 
 
-def _construct(cls: type[Backbone], request: Request, *, place: bool = True) -> nn.Module:
+def _construct(cls: type[Backbone], request: Request) -> nn.Module:
     accepted = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for key in request.config:
         if key not in accepted:
@@ -56,8 +54,8 @@ def _construct(cls: type[Backbone], request: Request, *, place: bool = True) -> 
                 f"config: {cls.__name__} takes no {key!r}", hint=suggest(key, accepted)
             )
     try:
-        with torch.device("meta" if request.device.type == "meta" else "cpu"):
+        with request.building():
             model = cls(**request.config)
     except BUILD_ERRORS as error:
         raise SourceError(f"{cls.__name__} could not be built: {error}") from error
-    return model.to(device=request.device, dtype=request.dtype)
+    return request.placed(model.to(dtype=request.dtype))

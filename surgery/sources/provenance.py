@@ -6,7 +6,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from typing import Any, Literal, cast
 
@@ -19,7 +18,7 @@ from surgery.errors import SourceError
 from surgery.sources import diffusers_models, plain_models, timm_models, transformers_models
 from surgery.sources.libraries import class_path, library_of, require, stock_class, version
 from surgery.sources.load import SOURCE_ATTRIBUTE
-from surgery.sources.request import as_device, from_json, jsonable
+from surgery.sources.request import Request, as_device, from_json, jsonable
 from surgery.tree import children, joined
 
 logger = logging.getLogger(__name__)
@@ -88,11 +87,17 @@ def rebuild(
     place = as_device(device)
     library = checked["library"]
     dtypes = _dtypes(checked)
-    construction = torch.device("meta" if place.type == "meta" else "cpu")
+    request = Request(
+        config=checked["config"],
+        pretrained=False,
+        device=torch.device("meta" if place.type == "meta" else "cpu"),
+        dtype=None,
+        skeleton=parameters == "meta",
+    )
     state = torch.random.get_rng_state()
     try:
-        with construction, _WithoutDraws(), _empty(parameters):
-            model = _ADAPTERS[library].rebuild(checked, dtypes.default)
+        with request.building(), _WithoutDraws():
+            model = _ADAPTERS[library].rebuild(checked, dtypes.default, request)
     finally:
         torch.random.set_rng_state(state)
     if class_path(model) != checked["class"]:
@@ -113,15 +118,7 @@ def rebuild(
     origin = checked["source"]
     if origin is not None:
         model.__dict__[SOURCE_ATTRIBUTE] = json.loads(json.dumps(origin))
-    return model if parameters == "meta" else nn.Module.to(model, place)
-
-
-def _empty(parameters: Literal["meta"] | None) -> AbstractContextManager[object]:
-    if parameters is None:
-        return nullcontext()
-    from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
-
-    return init_empty_weights(include_buffers=False)
+    return model if request.skeleton else nn.Module.to(model, place)
 
 
 class _Dtypes:

@@ -140,13 +140,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def rebuild(description: Mapping[str, Any], dtype: torch.dtype, request: Request) -> nn.Module:
     """A model of the name and arguments in ``description``."""
     del dtype  # each tensor is cast to its own recorded dtype afterwards
     name = str(description["architecture"])
     _check_name(name)
-    config = dict(description["config"])
-    request = Request(config=config, pretrained=False, device=torch.device("cpu"), dtype=None)
     cfg = _without_places(description["pretrained_cfg"])
     return _create(name, request, pretrained=False, pretrained_cfg=cfg)
 

@@ -82,8 +82,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def rebuild(description: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def rebuild(description: Mapping[str, Any], dtype: torch.dtype, request: Request) -> nn.Module:
     """A model of the class and configuration in ``description``."""
+    del request  # the whole configuration is in the description
     model_class = resolve_class(LIBRARY, description["class"], "PreTrainedModel")
     raw = dict(description["config"])
     _refuse(raw, "the description")
