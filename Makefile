@@ -12,7 +12,7 @@ BENCHMARKS := $(filter-out %/harness.py %/study.py,$(wildcard benchmarks/*.py)) 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types sweep coverage survival bench api clean
+.PHONY: help setup demo test lint types sweep coverage survival bench fuzz faults api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -64,6 +64,9 @@ survival: $(VENV)/.installed ## Run the survival table and write docs/survival.m
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+fuzz: $(VENV)/.installed ## Read ten thousand hostile checkpoints, indexes and rule files (FUZZ_CASES=)
+	FUZZ_CASES=$(or $(FUZZ_CASES),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/untrusted/test_fuzz.py $(PYTEST_ARGS)
 
 api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
 	$(BIN)/python -m tests.test_public_api

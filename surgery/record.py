@@ -15,6 +15,7 @@ from torch import nn
 
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.tree import named_modules, named_parameters
+from surgery.untrusted.paths import short
 
 FORMAT = 1
 ATTRIBUTE = "_surgery_record"
@@ -73,7 +74,10 @@ class TensorSpec:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's object."""
-        return cast("torch.dtype", getattr(torch, self.dtype))
+        found: object = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"the edit log names the dtype {short(repr(self.dtype))}")
+        return found
 
 
 #: How an edit uses something of the model. Two ``extend`` commute, anything else does not.
@@ -210,8 +214,8 @@ class Record:
             )
         try:
             return cls([Operation.from_dict(each) for each in data["operations"]])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the edit log is damaged: {error!r}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the edit log is damaged: {short(repr(error))}") from None
 
 
 def record_of(model: nn.Module) -> Record | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from surgery import progress
 from surgery.errors import CheckpointError
 from surgery.untrusted.documents import parse_object, read_bytes
-from surgery.untrusted.paths import check_inside
+from surgery.untrusted.paths import check_inside, short
 from surgery.version import __version__
 
 FORMAT = 1
@@ -26,7 +26,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _MAX_BYTES = 1 << 30
 _CHUNK = 1 << 22
 #: A plain name in this folder, of a kind that is written: no separators, no leading dot.
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json|yaml)")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.(safetensors|json|yaml)")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -148,7 +148,7 @@ def read(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = short(".".join(map(str, first["loc"])))
         raise CheckpointError(f"{path} is damaged: {where}: {first['msg']}") from None
     _check_names(path, manifest)
     return manifest
@@ -195,6 +195,7 @@ def check_replaceable(folder: Path) -> None:
 
 def _some(names: set[str]) -> str:
     listed = ", ".join(sorted(names)[:4])
+    listed = short(listed)
     return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"
 
 
@@ -225,7 +226,9 @@ def _parse(path: Path) -> dict[str, Any]:
 def _check_format(path: Path, data: dict[str, Any]) -> None:
     version = data.get("format")
     if not isinstance(version, int):
-        raise CheckpointError(f"{path} is damaged: its format is {version!r}, expected a number")
+        raise CheckpointError(
+            f"{path} is damaged: its format is {short(repr(version))}, expected a number"
+        )
     if version > FORMAT:
         raise CheckpointError(
             f"{path} has format {version}; this version of surgery reads up to {FORMAT}",
@@ -235,19 +238,23 @@ def _check_format(path: Path, data: dict[str, Any]) -> None:
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     for name in manifest.files:
+        told = short(repr(name))
         if Path(name).suffix in _PICKLES:
-            raise CheckpointError(f"{path} lists the pickle {name!r}: pickles are never opened")
+            raise CheckpointError(f"{path} lists the pickle {told}: pickles are never opened")
         if not _FILE.fullmatch(name) or name == NAME:
-            raise CheckpointError(f"{path} lists {name!r}, which is no plain file name")
+            raise CheckpointError(f"{path} lists {told}, which is no plain file name")
     for section in (manifest.state, manifest.transient, manifest.kept):
         for name, entry in section.items():
             if entry.file not in manifest.files:
                 raise CheckpointError(
-                    f"{path}: {name!r} is said to lie in {entry.file!r}, which is not listed"
+                    f"{path}: {short(repr(name))} is said to lie in {short(repr(entry.file))}, "
+                    "which is not listed"
                 )
     for alias, name in manifest.ties.items():
         if name not in manifest.state and name not in manifest.transient:
-            raise CheckpointError(f"{path}: {alias!r} is tied to {name!r}, which is not listed")
+            raise CheckpointError(
+                f"{path}: {short(repr(alias))} is tied to {short(repr(name))}, which is not listed"
+            )
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:

@@ -21,6 +21,7 @@ from surgery.errors import CheckpointError, ModelStateError, SourceError
 from surgery.record import Record, record_of, set_record
 from surgery.sources import rebuild
 from surgery.tree import named_modules, named_parameters
+from surgery.untrusted.paths import short
 
 #: What a pass may run into on a model that its edits do not fit.
 _MISFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -174,7 +175,7 @@ def _other_names(path: Path, missing: list[str], extra: list[str]) -> Checkpoint
 
 
 def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:3])
+    listed = short(", ".join(names[:3]))
     return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
 
 
@@ -204,15 +205,17 @@ def check_headers(path: Path, saved: Manifest) -> None:
         for name, entry in section.items():
             slot = contents[entry.file].get(name)
             if slot is None:
-                raise CheckpointError(f"{path / entry.file} does not hold {name}")
+                raise CheckpointError(f"{path / entry.file} does not hold {short(name)}")
             found = (tensorfile.DTYPES[slot.dtype], list(slot.shape))
             if found != (entry.dtype, entry.shape):
                 raise CheckpointError(
-                    f"{path / entry.file} holds {name} as {found[0]} {found[1]}, surgery.json "
-                    f"says {entry.dtype} {entry.shape}"
+                    f"{path / entry.file} holds {short(name)} as {found[0]} {found[1]}, surgery.json "
+                    f"says {short(entry.dtype)} {short(str(entry.shape))}"
                 )
             if entry.stride is not None and not is_dense(entry.shape, entry.stride):
-                raise CheckpointError(f"surgery.json gives {name} the strides {entry.stride}")
+                raise CheckpointError(
+                    f"surgery.json gives {short(name)} the strides {short(str(entry.stride))}"
+                )
 
 
 def tensors_of(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:

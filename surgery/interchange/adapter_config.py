@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.errors import CheckpointError
 from surgery.untrusted import documents
+from surgery.untrusted.paths import short
 
 _MAX_BYTES = 1 << 24
 #: Starts that leave the stock weight alone.
@@ -98,7 +99,7 @@ class AdapterConfig(BaseModel):
             config = cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "it"
+            field = short(".".join(map(str, first["loc"]))) or "it"
             raise CheckpointError(
                 f"{where}: {field}: {first['msg']}, received {_short(first['input'])}",
                 hint="a LoRA adapter of PEFT is expected (peft_type: LORA)",
@@ -149,7 +150,7 @@ class AdapterConfig(BaseModel):
         odd = [name for name, value in extra.items() if value and name not in _NO_MATTER]
         if odd:
             raise CheckpointError(
-                f"{where}: {odd[0]} is {_short(extra[odd[0]])}, which changes what the adapter "
+                f"{where}: {short(odd[0])} is {_short(extra[odd[0]])}, which changes what the adapter "
                 "computes, or is newer than this version",
                 hint="LoRA, rsLoRA and DoRA on layers and parameters can be loaded",
             )
