@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery import LowRank, Role, Rule
+from surgery import LowRank, Rule
 from surgery import Path as At
 from surgery.exporting import provenance
 from tests.zoo import build
 
-QKV = Role("attention.qkv")
+QKV = At("model.layers.*.self_attn.*_proj")
 
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

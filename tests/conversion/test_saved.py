@@ -16,8 +16,9 @@ from surgery import LowRank, Recipe, Role, Rule, Shortcuts, Stack
 from surgery import Path as At
 from tests.zoo import build, perturb
 
-QKV, DOWN = Role("attention.qkv"), Role("mlp.out")
-LORA = Rule(LowRank(rank=2, alpha=4), where=QKV)
+# By path where what is selected does not matter: a role is found by tracing the forward.
+QKV, DOWN = At("model.layers.*.self_attn.*_proj"), At("model.layers.*.mlp.down_proj")
+LORA = Rule(LowRank(rank=2, alpha=4), where=Role("attention.qkv"))
 LLAMA, GPT2, MIXTRAL = "llama", "gpt2", "mixtral"
 DIT = "DiTTransformer2DModel"
 
@@ -67,7 +68,11 @@ CASES: dict[str, tuple[str, list[Rule], dict[str, Any]]] = {
         [Rule(LowRank(method="pissa", rank=2), where=At("model.layers.*.mlp.experts.*"))],
         {},
     ),
-    "diffusers": (DIT, [Rule(LowRank(rank=2), where=QKV)], {"max_shard_size": "50KB"}),
+    "diffusers": (
+        DIT,
+        [Rule(LowRank(rank=2), where=Role("attention.qkv"))],
+        {"max_shard_size": "50KB"},
+    ),
 }
 
 
