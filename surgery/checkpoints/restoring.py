@@ -209,8 +209,8 @@ def check_headers(path: Path, saved: Manifest) -> None:
             found = (tensorfile.DTYPES[slot.dtype], list(slot.shape))
             if found != (entry.dtype, entry.shape):
                 raise CheckpointError(
-                    f"{path / entry.file} holds {short(name)} as {found[0]} {found[1]}, surgery.json "
-                    f"says {short(entry.dtype)} {short(str(entry.shape))}"
+                    f"{path / entry.file} holds {short(name)} as {found[0]} {found[1]}, "
+                    f"surgery.json says {short(entry.dtype)} {short(str(entry.shape))}"
                 )
             if entry.stride is not None and not is_dense(entry.shape, entry.stride):
                 raise CheckpointError(

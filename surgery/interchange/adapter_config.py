@@ -150,8 +150,8 @@ class AdapterConfig(BaseModel):
         odd = [name for name, value in extra.items() if value and name not in _NO_MATTER]
         if odd:
             raise CheckpointError(
-                f"{where}: {short(odd[0])} is {_short(extra[odd[0]])}, which changes what the adapter "
-                "computes, or is newer than this version",
+                f"{where}: {short(odd[0])} is {_short(extra[odd[0]])}, which changes what "
+                "the adapter computes, or is newer than this version",
                 hint="LoRA, rsLoRA and DoRA on layers and parameters can be loaded",
             )
 
