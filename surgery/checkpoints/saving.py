@@ -258,10 +258,17 @@ def size_of(size: int | str) -> int:
 
 
 class Writer:
-    """Writes the files of one folder and remembers them."""
+    """Writes the files of one folder and remembers them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: It.
+        hashed: Whether files of tensors are hashed while they are written; else they are not
+            remembered.
+    """
+
+    def __init__(self, folder: Path, *, hashed: bool = True) -> None:
         self.folder = folder
+        self.hashed = hashed
         self.files: dict[str, FileEntry] = {}
 
     def sharded(
@@ -291,8 +298,11 @@ class Writer:
         if not tensors and not even_if_empty:
             return {}
         file = f"{stem}.safetensors"
-        digest = tensorfile.write(self.folder / file, tensors, advance)
-        self._remember(file, digest)
+        if self.hashed:
+            digest = tensorfile.write(self.folder / file, tensors, advance)
+            self._remember(file, digest)
+        else:
+            tensorfile.write_unhashed(self.folder / file, tensors, advance)
         return {
             name: TensorEntry(
                 file=file,

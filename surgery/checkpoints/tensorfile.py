@@ -13,7 +13,6 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -37,11 +36,10 @@ __all__ = [
     "read",
     "read_slot",
     "write",
+    "write_unhashed",
 ]
 
 _CHUNK = 1 << 24
-#: Bytes that are hashed in another thread while they are written.
-_WORTH_A_THREAD = 1 << 20
 
 Advance = Callable[[int], None]
 
@@ -57,25 +55,34 @@ def write(path: Path, tensors: Sequence[tuple[str, Tensor]], advance: Advance) -
     Returns:
         The SHA-256 of the file, in hex.
     """
-    ordered = in_order(tensors)
     digest = sha256()
-    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
+    _write(path, tensors, advance, digest.update)
+    return digest.hexdigest()
+
+
+def write_unhashed(path: Path, tensors: Sequence[tuple[str, Tensor]], advance: Advance) -> None:
+    """As ``write``, for those who hash the file later."""
+    _write(path, tensors, advance, len)
+
+
+def _write(
+    path: Path,
+    tensors: Sequence[tuple[str, Tensor]],
+    advance: Advance,
+    told: Callable[[bytes | memoryview], object],
+) -> None:
+    ordered = in_order(tensors)
+    with path.open("xb") as file:
         head = header_bytes(ordered)
         file.write(head)
-        digest.update(head)
+        told(head)
         for _, tensor in ordered:
             for chunk in _chunks(as_bytes(tensor)):
-                if len(chunk) < _WORTH_A_THREAD:
-                    digest.update(chunk)
-                    file.write(chunk)
-                else:
-                    hashed = hasher.submit(digest.update, chunk)
-                    file.write(chunk)
-                    hashed.result()
+                file.write(chunk)
+                told(chunk)
                 advance(len(chunk))
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def read(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

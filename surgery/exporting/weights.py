@@ -40,8 +40,9 @@ def write_weights(
     try:
         for name, tensor in state:
             check_storable(name, tensor)
+        # Not hashed on the way: ``surgery.json`` has the hashes of all files, once all are there.
         with progress.task("writing weights", total, "bytes") as task:
-            Writer(folder).sharded(stem, state, size_of(limit), task.advance)
+            Writer(folder, hashed=False).sharded(stem, state, size_of(limit), task.advance)
     except CheckpointError as error:
         raise ExportError(error.message, hint=error.hint) from None
     names = {name for name, _ in state}
