@@ -11,7 +11,7 @@ from surgery.capture.clone import Clones
 from surgery.capture.own import Capture, capture
 from surgery.capture.settle import settle
 from surgery.capture.trace import is_atomic, placeholders
-from surgery.capture.tracer import Options, Tracer
+from surgery.capture.tracing import Options, Tracer
 from surgery.errors import CaptureError
 
 
@@ -69,7 +69,7 @@ class _Job:
         except CaptureError:
             raise
         except Exception as error:
-            raise tracer.failed(error) from error
+            raise tracer.writer.failed(error) from error
 
     def result(self, path: str) -> Capture:
         """What became of a block."""

@@ -18,7 +18,9 @@ from surgery.capture.structure import class_of
 from surgery.errors import CaptureError
 
 if TYPE_CHECKING:
-    from surgery.capture.tracer import Tracer
+    from surgery.capture.tracing.objects import Objects
+    from surgery.capture.tracing.tracer import Tracer
+    from surgery.capture.tracing.writer import Writer
 
 
 class Lost:
@@ -27,8 +29,8 @@ class Lost:
     Any use is a CaptureError.
     """
 
-    def __init__(self, tracer: Tracer, path: str) -> None:
-        self.__dict__["_why"] = (tracer, path)
+    def __init__(self, writer: Writer, path: str) -> None:
+        self.__dict__["_why"] = (writer, path)
 
     def __getattr__(self, name: str) -> Any:
         raise self.error()
@@ -40,8 +42,8 @@ class Lost:
 
     def error(self) -> CaptureError:
         """The error for a use of it."""
-        tracer, path = self.__dict__["_why"]
-        return tracer.error(f"{path} wrote to a list or dict that is read here")
+        writer, path = self.__dict__["_why"]
+        return writer.error(f"{path} wrote to a list or dict that is read here")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,32 +81,32 @@ class ObjectProxy:
         return class_of(shadow_of(self))
 
     def __getattr__(self, name: str) -> Any:
-        return _tracer(self).object_attribute(self, name)
+        return _objects(self).attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _tracer(self).set_object_attribute(self, name, value)
+        _objects(self).assign(self, name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return _tracer(self).object_call(self, "__getitem__", (key,), {})
+        return _objects(self).call(self, "__getitem__", (key,), {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        _tracer(self).object_call(self, "__setitem__", (key, value), {})
+        _objects(self).call(self, "__setitem__", (key, value), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the object."""
-        return _tracer(self).object_call(self, "__call__", args, kwargs)
+        return _objects(self).call(self, "__call__", args, kwargs)
 
     def __len__(self) -> int:
-        return int(_tracer(self).object_call(self, "__len__", (), {}))
+        return int(_objects(self).call(self, "__len__", (), {}))
 
     def __bool__(self) -> bool:
-        return _tracer(self).object_truth(self)
+        return _objects(self).truth(self)
 
     def __contains__(self, item: Any) -> bool:
-        return bool(_tracer(self).object_call(self, "__contains__", (item,), {}))
+        return bool(_objects(self).call(self, "__contains__", (item,), {}))
 
     def __iter__(self) -> Iterator[Any]:
-        return _tracer(self).object_items(self)
+        return _objects(self).items(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -116,8 +118,8 @@ class ObjectProxy:
         return f"<{node_of(self).name}: {type(shadow_of(self)).__name__}>"
 
 
-def _tracer(proxy: ObjectProxy) -> Tracer:
-    return object.__getattribute__(proxy, "_tracer")
+def _objects(proxy: ObjectProxy) -> Objects:
+    return object.__getattribute__(proxy, "_tracer").objects
 
 
 def node_of(proxy: ObjectProxy) -> fx.Node:

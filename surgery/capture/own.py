@@ -24,7 +24,7 @@ from surgery.capture.objects import Lost, Past, is_object
 from surgery.capture.settle import settle
 from surgery.capture.statics import is_static
 from surgery.capture.structure import class_of, leaves, map_structure, tensors
-from surgery.capture.tracer import Options, Tracer
+from surgery.capture.tracing import Options, Tracer
 from surgery.capture.values import is_proxy, is_symbol, plain
 from surgery.errors import CaptureError
 
@@ -217,28 +217,28 @@ def _capture(job: _Job, options: Options) -> Capture:
     before = _take_over_attributes(tracer, clones, traced)
     arguments = bound.signature.parameters
     specs = {name: _spec(parameter, bound) for name, parameter in arguments.items()}
-    values = {name: tracer.input(name, bound.arguments.get(name)) for name in arguments}
+    values = {name: tracer.proxies.input(name, bound.arguments.get(name)) for name in arguments}
     positional, keywords = sig.call_form(bound, values, len(args), kwargs)
     try:
-        with tracer.recording(), tracer.running(""):
+        with tracer.recording(), tracer.writer.running(""):
             result = forward(*positional, **keywords)
             with private.without_torch_function():
                 returned = output(tracer, result)
                 _write_back(tracer, clones, traced, before)
                 _write_containers(tracer, returned)
-                tracer.graph.output(returned)
+                tracer.writer.graph.output(returned)
     except CaptureError:
         raise
     except Exception as error:
-        raise tracer.failed(error) from error
+        raise tracer.writer.failed(error) from error
     signature = sig.Signature(tuple(arguments.values()), specs, Ambient.now().autocast)
-    code = generate(tracer.graph, module, signature, tracer.constants)
+    code = generate(tracer.writer.graph, module, signature, tracer.writer.constants)
     return Capture(
         type(module).__name__,
-        tracer.graph,
-        tuple(tracer.guards),
+        tracer.writer.graph,
+        tuple(tracer.writer.guards),
         signature,
-        tracer.constants,
+        tracer.writer.constants,
         code,
         job.inline,
         getattr(forward, "__func__", None),
@@ -272,9 +272,9 @@ def _take_over_attributes(
             where = f"{path}.{name}" if path else name
             value = plain(value)  # noqa: PLW2901  of a parent that is being traced
             if type(value) in (int, float) or name == "training":
-                clone.__dict__[name] = tracer.number(where, value)
+                clone.__dict__[name] = tracer.symbols.attribute(where, value)
             elif isinstance(value, torch.Tensor):
-                clone.__dict__[name] = tracer.attribute(where, value)
+                clone.__dict__[name] = tracer.proxies.attribute(where, value)
         held[path] = _state(clone)
     return held
 
@@ -301,8 +301,8 @@ def _write_back(
             if is_static(old) and not is_symbol(
                 old
             ):  # the forward may have asked what it was: "if self.cache is None"
-                tracer.held(target, old)
-            tracer.graph.call_function(assign, (target, output(tracer, value)))
+                tracer.writer.guard_held(target, old)
+            tracer.writer.graph.call_function(assign, (target, output(tracer, value)))
 
 
 _MISSING = object()
@@ -310,15 +310,17 @@ _MISSING = object()
 
 def _write_containers(tracer: Tracer, returned: Any) -> None:
     """Repeat the forward's assignments to items of its list and dict arguments."""
-    for container, key, value in list(tracer.written_containers()):
+    for container, key, value in list(tracer.proxies.written_containers()):
         for node in container.users:
             if node.target is operator.getitem and node.args[1] == key and node in leaves(returned):
-                raise tracer.error(f"{container.name}[{key!r}] is replaced, and returned as it was")
+                raise tracer.writer.error(
+                    f"{container.name}[{key!r}] is replaced, and returned as it was"
+                )
         written = output(tracer, value)
         if key is None:
-            made = tracer.graph.call_method("append", (container, written))
+            made = tracer.writer.graph.call_method("append", (container, written))
         else:
-            made = tracer.graph.call_function(operator.setitem, (container, key, written))
+            made = tracer.writer.graph.call_function(operator.setitem, (container, key, written))
         made.meta["mutates"] = True
 
 
@@ -332,20 +334,20 @@ def output(tracer: Tracer, value: Any) -> Any:
         CaptureError: it is an object that the graph cannot rebuild.
     """
     if is_proxy(value) or is_symbol(value) or is_object(value):
-        return tracer.arguments(value)
+        return tracer.writer.arguments(value)
     kind = class_of(value)
     if kind is Lost:
         raise value.error()
     if isinstance(value, torch.Tensor):
-        return tracer.node_of(value)
+        return tracer.writer.node_of(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {name: output(tracer, item) for name, item in _fields(value)}
-        return tracer.make(kind, fields)
+        return tracer.writer.make(kind, fields)
     if kind in (tuple, list, dict) or issubclass(kind, tuple):
         return map_structure(value, lambda leaf: output(tracer, leaf))
     if is_static(value):
         return value
-    raise tracer.error(
+    raise tracer.writer.error(
         f"an object of class {kind.__name__} was made here and leaves the forward: "
         "its construction is not part of the graph"
     )

@@ -16,7 +16,7 @@ import torch
 from surgery.capture.values import TensorSpec, is_proxy
 
 if TYPE_CHECKING:
-    from surgery.capture.tracer import Tracer
+    from surgery.capture.tracing.tracer import Tracer
 
 Query = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -24,19 +24,19 @@ Query = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any]], Any]
 def answer_attribute(tracer: Tracer, func: Any, name: str, tensor: Any) -> Any:
     """The value of ``tensor.name``."""
     if name == "shape":
-        return tracer.shape(tensor)
+        return tracer.symbols.shape(tensor)
     if name == "ndim":
-        return len(tracer.shape(tensor))
+        return len(tracer.symbols.shape(tensor))
     if name in _UNTRACED:
         return None
-    result = func(tracer.unwrap(tensor))
+    result = func(tracer.fakes.unwrap(tensor))
     if isinstance(result, torch.Tensor):
         return tracer.record_attribute(tensor, name)
     if name == "requires_grad":
-        return tracer.tell(tensor, name, tensor.tracked if is_proxy(tensor) else result)
+        return tracer.facts.tell(tensor, name, tensor.tracked if is_proxy(tensor) else result)
     if name == "device":
-        return tracer.device(tensor, result)
-    return tracer.tell(tensor, name, result)
+        return tracer.facts.device(tensor, result)
+    return tracer.facts.tell(tensor, name, result)
 
 
 # A trace has no autograd graph; nothing in a forward may depend on one.
@@ -44,48 +44,48 @@ _UNTRACED = frozenset({"grad", "grad_fn", "_grad", "_backward_hooks"})
 
 
 def _size(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shape: Any = tracer.shape(args[0])
+    shape: Any = tracer.symbols.shape(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return shape if dim is None else shape[dim]
 
 
 def _rank(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return len(tracer.shape(args[0]))
+    return len(tracer.symbols.shape(args[0]))
 
 
 def _numel(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return functools.reduce(operator.mul, tracer.shape(args[0]), 1)
+    return functools.reduce(operator.mul, tracer.symbols.shape(args[0]), 1)
 
 
 def _length(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return operator.index(tracer.shape(args[0])[0])
+    return operator.index(tracer.symbols.shape(args[0])[0])
 
 
 def _layout(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    result = func(*tracer.unwrap(args), **tracer.unwrap(kwargs))
-    return tracer.tell_method(func.__name__, args, kwargs, result)
+    result = func(*tracer.fakes.unwrap(args), **tracer.fakes.unwrap(kwargs))
+    return tracer.facts.tell_method(func.__name__, args, kwargs, result)
 
 
 def _bool(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return tracer.contents(args[0], bool).demand("data")
+    return tracer.facts.contents(args[0], bool).demand("data")
 
 
 def _int(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    return tracer.contents(args[0], int).demand("data")
+    return tracer.facts.contents(args[0], int).demand("data")
 
 
 def _float(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    return tracer.contents(args[0], float).demand("data")
+    return tracer.facts.contents(args[0], float).demand("data")
 
 
 def _item(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return tracer.contents(args[0], "item")
+    return tracer.facts.contents(args[0], "item")
 
 
 def _to_list(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    shape = tracer.shape(args[0])
+    shape = tracer.symbols.shape(args[0])
     if not shape:
-        return tracer.contents(args[0], "item")
+        return tracer.facts.contents(args[0], "item")
     rows = tracer.record(torch.Tensor.unbind, (args[0],), {})
     return [_to_list(tracer, func, (row,), {}) for row in rows]
 
@@ -95,7 +95,7 @@ def _contains(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _repr(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return f"<{tracer.node_of(args[0]).name}: {TensorSpec.of(tracer.unwrap(args[0]))}>"
+    return f"<{tracer.writer.node_of(args[0]).name}: {TensorSpec.of(tracer.fakes.unwrap(args[0]))}>"
 
 
 def _hash(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -103,7 +103,7 @@ def _hash(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _numpy(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise tracer.error("the tensor leaves torch for NumPy, where it cannot be followed")
+    raise tracer.writer.error("the tensor leaves torch for NumPy, where it cannot be followed")
 
 
 METHODS: dict[str, Query] = {

@@ -17,7 +17,8 @@ from surgery.capture.values import is_proxy, is_symbol, plain
 from surgery.capture.watch import is_plain_object, watch_module, watch_object
 
 if TYPE_CHECKING:
-    from surgery.capture.tracer import Tracer
+    from surgery.capture.tracing.symbols import Symbols
+    from surgery.capture.tracing.writer import Writer
 
 _MISSING = object()
 # What nn.Module itself keeps; the forward's own questions are about the rest and `training`.
@@ -28,13 +29,17 @@ class Reads:
     """Told of every read while a forward is traced.
 
     Args:
-        tracer: Writes the guards.
+        writer: Writes the guards.
+        symbols: Makes symbols of numbers.
         clones: The modules that are read.
         listening: False while something runs that is no part of the forward.
     """
 
-    def __init__(self, tracer: Tracer, clones: Clones, listening: Callable[[], bool]) -> None:
-        self._tracer = tracer
+    def __init__(
+        self, writer: Writer, symbols: Symbols, clones: Clones, listening: Callable[[], bool]
+    ) -> None:
+        self._writer = writer
+        self._symbols = symbols
         self._clones = clones
         self._listening = listening
         self._guarded: set[str] = set()
@@ -66,7 +71,7 @@ class Reads:
     def wrote(self, holder: Any, name: str) -> None:
         """An attribute of an object that a module holds is about to change."""
         if self._listening():
-            raise self._tracer.error(
+            raise self._writer.error(
                 f"assignment to {self._path(holder, name)}, an attribute of an object that the "
                 "module holds: the graph cannot repeat it"
             )
@@ -80,7 +85,7 @@ class Reads:
             self._guard(path, value)
             return value
         if path not in self._numbers:
-            self._numbers[path] = self._tracer.number(path, value)
+            self._numbers[path] = self._symbols.attribute(path, value)
         return self._numbers[path]
 
     def _stand_in(self, holder: Any, name: str, value: Any) -> Any:
@@ -94,7 +99,7 @@ class Reads:
     def _guard(self, path: str, value: Any) -> None:
         if path not in self._guarded:
             self._guarded.add(path)
-            self._tracer.attribute_guard(path, value)
+            self._writer.guard_attribute(path, value)
 
     def _path(self, holder: Any, name: str) -> str:
         found = self._objects.get(id(holder))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from surgery.capture.tracer import Options
+from surgery.capture.tracing import Options
 from surgery.capture.values import UnhashableSymbol
 from surgery.errors import CaptureError
 

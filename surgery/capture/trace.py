@@ -17,7 +17,7 @@ from surgery.capture.guards import Guard
 from surgery.capture.settle import settle
 from surgery.capture.statics import is_static
 from surgery.capture.structure import map_structure
-from surgery.capture.tracer import Options, Tracer
+from surgery.capture.tracing import Options, Tracer
 from surgery.capture.values import is_proxy, is_symbol
 from surgery.errors import CaptureError
 
@@ -98,10 +98,15 @@ def _trace(
     except CaptureError:
         raise
     except Exception as error:
-        raise tracer.failed(error) from error
-    tracer.graph.output(_output(result))
-    _drop_unused_shapes(tracer.graph)
-    return Trace(tracer.graph, tuple(tracer.guards), tracer.constants, tuple(tracer.calls))
+        raise tracer.writer.failed(error) from error
+    tracer.writer.graph.output(_output(result))
+    _drop_unused_shapes(tracer.writer.graph)
+    return Trace(
+        tracer.writer.graph,
+        tuple(tracer.writer.guards),
+        tracer.writer.constants,
+        tuple(tracer.calls),
+    )
 
 
 def placeholders(
@@ -113,8 +118,8 @@ def placeholders(
     def proxied(name: str, value: Any) -> Any:
         def leaf(item: Any) -> Any:
             if isinstance(item, torch.Tensor):
-                return tracer.input(name, item)
-            return item if is_static(item) else tracer.copy_object(item)
+                return tracer.proxies.input(name, item)
+            return item if is_static(item) else tracer.fakes.copy_object(item)
 
         return map_structure(value, leaf)
 

@@ -31,7 +31,8 @@ from surgery.capture.signs import (
 from surgery.capture.structure import tensors
 
 if TYPE_CHECKING:
-    from surgery.capture.tracer import Tracer
+    from surgery.capture.tracing.symbols import Symbols
+    from surgery.capture.tracing.tracer import Tracer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ class Symbol:
     """Base of the symbolic numbers: an expression ``op(*args)`` with an example value.
 
     Args:
-        tracer: The trace this number belongs to.
+        symbols: The numbers of the trace that this one belongs to.
         op: What computes it; None when ``args`` is the one node that holds it.
         args: Operands: symbols, plain numbers or nodes.
         value: The example value. For the tracer, not for the model: reading it records nothing.
         assumed: The value rests on made-up data.
     """
 
-    tracer: Tracer
+    symbols: Symbols
     op: Callable[..., Any] | None
     args: tuple[Any, ...]
     value: Any
@@ -126,14 +127,14 @@ class Symbol:
 
     def __init__(
         self,
-        tracer: Tracer,
+        symbols: Symbols,
         op: Callable[..., Any] | None,
         args: tuple[Any, ...],
         value: Any,
         *,
         assumed: bool = False,
     ) -> None:
-        self.tracer = tracer
+        self.symbols = symbols
         self.op = op
         self.args = args
         self.value = value
@@ -145,7 +146,7 @@ class Symbol:
     def fx_node(self) -> fx.Node:
         """The node of this number, written into the graph when first used."""
         if self._node is None:
-            self._node = self.tracer.emit_symbol(self)
+            self._node = self.symbols.emit(self)
         return self._node
 
     @property
@@ -155,7 +156,7 @@ class Symbol:
 
     def demand(self, kind: str) -> Any:
         """Python wants the value: record the guard and hand it out."""
-        return self.tracer.demand(self, kind)
+        return self.symbols.demand(self, kind)
 
     def __repr__(self) -> str:
         return describe(self)
@@ -169,7 +170,7 @@ class Symbol:
     def __hash__(self) -> int:
         # Callers that can do without hashing (einops) catch this, as they do for torch's own
         # symbolic sizes. The trace is run again with hashing allowed when nobody caught it.
-        if not self.tracer.options.hash_symbols:
+        if not self.symbols.options.hash_symbols:
             raise UnhashableSymbol(f"unhashable: symbolic number {describe(self)}")
         return hash(self.demand("hash"))
 
@@ -289,25 +290,25 @@ def _binary(op: Function, *, reflected: bool = False) -> Callable[[Symbol, Any],
             return NotImplemented
         if not (_is_live(self) and _is_live(other)):
             return NotImplemented
-        return self.tracer.arithmetic(op, (other, self) if reflected else (self, other))
+        return self.symbols.arithmetic(op, (other, self) if reflected else (self, other))
 
     return method
 
 
 def _is_live(number: Any) -> bool:
     """False for a symbol of an earlier trace, left as a key in a cache: it equals nothing now."""
-    return not is_symbol(number) or cast(Symbol, number).tracer.open
+    return not is_symbol(number) or cast(Symbol, number).symbols.open
 
 
 def _unary(op: Function) -> Callable[[Symbol], Any]:
     def method(self: Symbol) -> Any:
-        return self.tracer.arithmetic(op, (self,))
+        return self.symbols.arithmetic(op, (self,))
 
     return method
 
 
 def _round(self: Symbol, digits: int | None = None) -> Any:
-    return self.tracer.arithmetic(round, (self,) if digits is None else (self, digits))
+    return self.symbols.arithmetic(round, (self,) if digits is None else (self, digits))
 
 
 def _divmod(self: Any, other: Any) -> Any:
@@ -315,11 +316,11 @@ def _divmod(self: Any, other: Any) -> Any:
 
 
 def _sym_max(self: Symbol, other: Any) -> Any:
-    return self.tracer.arithmetic(max, (self, other))
+    return self.symbols.arithmetic(max, (self, other))
 
 
 def _sym_min(self: Symbol, other: Any) -> Any:
-    return self.tracer.arithmetic(min, (self, other))
+    return self.symbols.arithmetic(min, (self, other))
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
