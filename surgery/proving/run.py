@@ -255,9 +255,11 @@ class _Check:
         source = self._source(plain)
         if source is None:
             return Finding(f"copy of {name}", "unaccounted", "the source has no such tensor")
-        same = _same(f"copy of {name}", tensor, source)
-        if same is not None:
-            return same
+        theirs = self.given.kept.get(key)
+        for known in (source, *([] if theirs is None else [theirs()])):
+            same = _same(f"copy of {name}", tensor, known)
+            if same is not None:
+                return same
         if self.own is not None:
             made = self.own.candidates(plain, source.to(tensor.dtype), settled=False)
             for verdict, detail, expected in made:
