@@ -68,6 +68,9 @@ bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 fuzz: $(VENV)/.installed ## Read ten thousand hostile checkpoints, indexes and rule files (FUZZ_CASES=)
 	FUZZ_CASES=$(or $(FUZZ_CASES),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/untrusted/test_fuzz.py $(PYTEST_ARGS)
 
+faults: $(VENV)/.installed ## Kill saves, exports and conversions at 20 random points, fill their disk (FAULT_POINTS=)
+	FAULT_POINTS=$(or $(FAULT_POINTS),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
 api: $(VENV)/.installed ## Accept a changed public API: rewrite its snapshot
 	$(BIN)/python -m tests.test_public_api
 
