@@ -12,7 +12,7 @@ BENCHMARKS := $(filter-out %/harness.py %/study.py,$(wildcard benchmarks/*.py)) 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types sweep coverage survival bench fuzz faults api clean
+.PHONY: help setup demo test lint types sweep coverage survival bench bench-convert fuzz faults api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -64,6 +64,9 @@ survival: $(VENV)/.installed ## Run the survival table and write docs/survival.m
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-convert: $(VENV)/.installed ## Convert an 8 GB checkpoint beside cp, and a smaller one beside PEFT (GB=8, about 20 GB of disk)
+	$(BIN)/python benchmarks/convert/convert.py --gb $(or $(GB),8)
 
 fuzz: $(VENV)/.installed ## Read ten thousand hostile checkpoints, indexes and rule files (FUZZ_CASES=)
 	FUZZ_CASES=$(or $(FUZZ_CASES),10000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/untrusted/test_fuzz.py $(PYTEST_ARGS)
