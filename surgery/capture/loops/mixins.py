@@ -18,7 +18,7 @@ from surgery.capture.loops.driver import Driver
 from surgery.capture.loops.findings import Findings
 from surgery.capture.loops.rebuild import copied, foreign, reachable, rebuild
 from surgery.capture.loops.rewrite import NotUnderstood, plan
-from surgery.capture.loops.scan import Analyst
+from surgery.capture.loops.scanning import Analyst
 from surgery.capture.loops.source import NoSource, edit, names_in, source_of
 from surgery.capture.loops.targets import whole
 from surgery.capture.loops.values import Value, join
