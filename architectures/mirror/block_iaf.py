@@ -70,7 +70,7 @@ class BlockIAF(MirrorMap):
         self.decoders = nn.ModuleList(
             Decoder(sizes[index][::-1], made_with) for index in range(first.stop, last.stop)
         )
-        self._splits = tuple([widths[index] for index in block] for block in self.blocks)
+        self._widths = tuple([widths[index] for index in block] for block in self.blocks)
 
     def _cut(self) -> Iterator[range]:
         """The blocks, as ranges of indices of tensors."""
@@ -143,10 +143,11 @@ class BlockIAF(MirrorMap):
                 yield each.log_scale, each.shift
             return
         hidden = self.autoregressors[number - 1](torch.cat(list(embeddings)))
-        before = len(self.blocks[0])
-        for index, part in zip(
-            self.blocks[number], hidden.split(self._splits[number]), strict=True
-        ):
+        before, taken = len(self.blocks[0]), 0
+        for index, width in zip(self.blocks[number], self._widths[number], strict=True):
+            # Not split: its several outputs are more than checkpointing under the compiler takes.
+            part = hidden[taken : taken + width]
+            taken += width
             decoder = cast("Decoder", self.decoders[index - before])
             log_scale, shift = decoder(part)
             shape = self.shapes[index]
