@@ -16,6 +16,7 @@ SHORT = {
     "minilm_export.py": ["--only", "both", "--formats", "transformers"],
     "minilm_ancre.py": ["--steps", "2", "--texts", "8"],
     "minilm_lora.py": ["--seconds", "2", "--texts", "20"],
+    "minilm_mirror.py": ["--steps", "1", "--tasks", "1", "--texts", "20"],
 }
 #: What shows that an example came to its end.
 SAYS = {
@@ -23,6 +24,7 @@ SAYS = {
     "minilm_export.py": ["give the sentence embeddings of the model in memory"],
     "minilm_ancre.py": ["What was proved", "bitwise equal"],
     "minilm_lora.py": ["What was proved", "bitwise equal"],
+    "minilm_mirror.py": ["What was proved", "bitwise equal", "query loss of a new task"],
 }
 
 

@@ -45,6 +45,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ours, theirs = context.Pipe()
     process = context.Process(target=_measured, args=(work, theirs))
     process.start()
+    theirs.close()  # or a process that fails would never be missed
     found: int = ours.recv()
     process.join()
     assert process.exitcode == 0, "the measured process failed"

@@ -36,6 +36,9 @@ COUNTS = {
     "mlp-8": (144_010, None),
     "mlp-16": (278_154, None),
     "mlp-64": (1_083_018, None),
+    "conv4-32": (32_901, None),
+    "conv4-64": (121_093, None),
+    "perceptron-40": (1_761, None),
 }
 # The names of LLaMA's sizes are names, not roundings: GaLore's own log prints 58.07M, 134.11M,
 # 367.97M and 1339.08M.

@@ -425,3 +425,70 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path):
     (run.out / EXTRA).unlink()
     with pytest.raises(CheckpointError, match="is of another inner loop: 6 tensors"):
         learner(run.out)
+
+
+# --- mirror maps --------------------------------------------------------------------------------
+
+MAPS = {"diagonal": {}, "legendre": {}, "block_iaf": {"blocks": 2}}
+
+
+def under(name: str, *overrides: str) -> AdaptConfig:
+    """Sine waves with a mirror map over every parameter."""
+    rule = {"pass": "mirror", "with": {"map": name, "options": MAPS[name]}}
+    rules = {"version": 1, "rules": [rule]}
+    return tiny.sinusoid(f"rules={json.dumps(rules)}", 'model.dtype="float64"', *overrides)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_mirror_descent_steps_on_duals_with_the_gradient_of_what_they_map_to(name: str):
+    made = learner_of(under(name, "inner.steps=2"))
+    disturb(made)
+    task = again_task(made)
+    model, maps = made.model, surgery.mirrors.attached(made.model)
+    duals = [n for each in maps for n in each.parameters]
+    z = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(2):
+        phi = surgery.mirrors.primal(model, z)
+        leaves = {n: phi[n].detach().requires_grad_(True) for n in duals}
+        with surgery.mirrors.unmapped(model):
+            out = torch.func.functional_call(model, {**phi, **leaves}, task["inputs"].double())
+        loss = F.mse_loss(out, task["targets"].double())
+        found = torch.autograd.grad(loss, [*leaves.values()])
+        z |= {n: z[n] - 0.05 * g for n, g in zip(duals, found, strict=True)}
+    adapted = made.adapt(task)
+    for n in duals:
+        assert torch.allclose(adapted.state[n], z[n].detach(), rtol=1e-12, atol=1e-14)
+    expected = surgery.mirrors.primal(model, z)
+    assert not torch.allclose(expected[duals[0]], z[duals[0]])
+    for n in duals:
+        assert torch.allclose(adapted.values[n], expected[n], rtol=1e-12, atol=1e-14)
+
+
+def disturb(made: Learner) -> None:
+    """Maps away from the identity, where they start."""
+    draw = torch.Generator().manual_seed(0)
+    parameters = dict(made.model.named_parameters())
+    with torch.no_grad():
+        for n in made.names.others:
+            p = parameters[n]
+            p.add_(0.05 * torch.randn(p.shape, dtype=p.dtype, generator=draw))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_the_expansion_covers_what_a_map_learns(name: str):
+    """As many terms as steps are unrolling: for the duals and for every parameter of the map."""
+    found = []
+    for estimator in ('{"name": "unrolled"}', '{"name": "binomial", "terms": 3}'):
+        made = learner_of(under(name, f"estimator={estimator}"))
+        disturb(made)
+        found.append(made.estimated(example_of(Adapting(made.config).data())).gradient)
+    exact, ours = found
+    assert exact.others
+    for part, mine in zip(exact, ours, strict=True):
+        for n, value in part.items():
+            assert torch.allclose(mine[n], value, rtol=1e-10, atol=1e-12), n
+
+
+def test_implicit_estimators_refuse_maps():
+    with pytest.raises(ModelStateError, match="the model has mirror maps"):
+        learner_of(under("diagonal", 'estimator={"name": "bayesian"}'))
