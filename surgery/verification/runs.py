@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -91,20 +92,27 @@ def count_flops(model: nn.Module, example: Example) -> int | None:
     return counter.get_total_flops()
 
 
-def _grouped_mm_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of the product that experts are computed with, which torch's counter does not know.
+def _product(a: Sequence[int], b: Sequence[int]) -> int:
+    """Operations of a product of matrices, (..., M, K) and (..., K, N), or of groups of rows."""
+    return 2 * math.prod(a) * b[-1]
 
-    Args:
-        a: Rows of all groups, (M, K); or (groups, M, K).
-        b: (groups, K, N), or (K, N) where the groups are columns of ``a``.
-    """
-    rows = a[0] * a[1] if len(a) > 2 else a[0]
-    return 2 * rows * a[-1] * b[-1]
+
+def _grouped_mm_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    return _product(a, b)
+
+
+def _added_flops(_: Sequence[int], a: Sequence[int], b: Sequence[int], *__: Any, **___: Any) -> int:
+    return _product(a, b)
 
 
 #: Devices that have no generator besides the CPU's.
 _NO_DRAWS = ("cpu", "meta")
-_COUNTED = {torch.ops.aten._grouped_mm: _grouped_mm_flops}  # pyright: ignore[reportPrivateUsage]
+#: What torch's counter leaves out: the products of experts, and sums in place, as of adapters.
+_COUNTED: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,  # pyright: ignore[reportPrivateUsage]
+    torch.ops.aten.addmm_: _added_flops,
+    torch.ops.aten.baddbmm_: _added_flops,
+}
 
 
 @contextmanager
