@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from surgery import shipped
-from surgery.cli.options import Debug, Json, Plots, Quiet, Resume, RunFolder
+from surgery.cli.options import Debug, Given, Json, Plots, Quiet, Resume, RunFolder
 from surgery.cli.session import session
-from surgery.cli.training import configurations, train
+from surgery.cli.training import configurations, configured, folder_of, train
 
 
 def adapt(
-    given: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG [KEY=VALUE]...",
-            help="A configuration (YAML) or the name of a shipped one, and overrides such as "
-            "inner.steps=3.",
-            show_default=False,
-        ),
-    ],
+    given: Given,
     *,
     out: RunFolder = None,
     resume: Resume = False,
@@ -36,14 +23,10 @@ def adapt(
         from surgery.train.adapt import run
         from surgery.train.adapt.config import AdaptConfig
 
-        files, changes = configurations(given, shipped.adaptations())
-        if len(files) != 1:
-            raise typer.BadParameter(f"expected one configuration, received {len(files)}")
-        with current.running():
-            config = AdaptConfig.load(files[0], changes)
-        folder = out or Path("runs") / config.name
+        config = configured(current, AdaptConfig, *configurations(given, shipped.adaptations()))
         train(
             current,
-            lambda tell: run.adapt(config, out=folder, resume=resume, tell=tell),
-            folder if plots else None,
+            lambda folder, tell: run.adapt(config, out=folder, resume=resume, tell=tell),
+            folder_of(config, out),
+            plots=plots,
         )

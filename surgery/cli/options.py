@@ -121,6 +121,15 @@ Full = Annotated[bool, typer.Option("--full", help="One row per site, not per ru
 Code = Annotated[bool, typer.Option("--code", help="Show the Python that is rewritten.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+Given = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG [KEY=VALUE]...",
+        help="A configuration (YAML) or the name of a shipped one, and overrides such as "
+        "train.steps=100.",
+        show_default=False,
+    ),
+]
 RunFolder = Annotated[
     Path | None,
     typer.Option(

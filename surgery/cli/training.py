@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from surgery import registry, shipped
-from surgery.cli.options import Debug, Json, Plots, Quiet, Resume, RunFolder
+from surgery.cli.options import Debug, Given, Json, Plots, Quiet, Resume, RunFolder
 from surgery.cli.session import session
 from surgery.terminal import Session
 
 if TYPE_CHECKING:
+    from surgery.train.config import Configuration, RunConfig
     from surgery.train.loop import Tell
     from surgery.train.run import Run
 
+C = TypeVar("C", bound="Configuration")
+
 
 def pretrain(
-    given: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG [KEY=VALUE]...",
-            help="A configuration (YAML) or the name of a shipped one, and overrides such as "
-            "train.steps=100.",
-            show_default=False,
-        ),
-    ],
+    given: Given,
     *,
     out: RunFolder = None,
     resume: Resume = False,
@@ -63,31 +58,17 @@ def pretrain(
             return
         if seeds is not None or budget is not None:
             raise typer.BadParameter("--seeds and --budget belong to --compare")
-        if len(files) != 1:
-            raise typer.BadParameter(
-                f"expected one configuration, received {len(files)}; --compare takes several"
-            )
-
-        with current.running():
-            config = PretrainConfig.load(files[0], changes)
-        folder = out or Path("runs") / config.name
+        config = configured(current, PretrainConfig, files, changes, "; --compare takes several")
         train(
             current,
-            lambda tell: run.pretrain(config, out=folder, resume=resume, tell=tell),
-            folder if plots else None,
+            lambda folder, tell: run.pretrain(config, out=folder, resume=resume, tell=tell),
+            folder_of(config, out),
+            plots=plots,
         )
 
 
 def finetune(
-    given: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG [KEY=VALUE]...",
-            help="A configuration (YAML) or the name of a shipped one, and overrides such as "
-            "train.lr=2e-4.",
-            show_default=False,
-        ),
-    ],
+    given: Given,
     *,
     out: RunFolder = None,
     resume: Resume = False,
@@ -101,21 +82,32 @@ def finetune(
         from surgery.train.finetune.config import FinetuneConfig
         from surgery.train.finetune.run import finetune as fine_tune
 
-        files, changes = configurations(given, shipped.finetuning())
-        if len(files) != 1:
-            raise typer.BadParameter(f"expected one configuration, received {len(files)}")
-        with current.running():
-            config = FinetuneConfig.load(files[0], changes)
-        folder = out or Path("runs") / config.name
+        config = configured(current, FinetuneConfig, *configurations(given, shipped.finetuning()))
         train(
             current,
-            lambda tell: fine_tune(config, out=folder, resume=resume, tell=tell),
-            folder if plots else None,
+            lambda folder, tell: fine_tune(config, out=folder, resume=resume, tell=tell),
+            folder_of(config, out),
+            plots=plots,
         )
 
 
-def train(current: Session, run: Callable[[Tell], Run], drawn: Path | None) -> None:
-    """Train, say what came out, and draw the folder ``drawn`` if there is one."""
+def configured(
+    current: Session, kind: type[C], files: list[Path], changes: list[str], hint: str = ""
+) -> C:
+    """The one configuration that a command takes."""
+    if len(files) != 1:
+        raise typer.BadParameter(f"expected one configuration, received {len(files)}{hint}")
+    with current.running():
+        return kind.load(files[0], changes)
+
+
+def folder_of(config: RunConfig, out: Path | None) -> Path:
+    """The folder of a run."""
+    return out or Path("runs") / config.name
+
+
+def train(current: Session, run: Callable[[Path, Tell], Run], folder: Path, *, plots: bool) -> None:
+    """Train, say what came out, and draw it if ``plots``."""
     from surgery.train import engine, views
 
     def tell(kind: str, text: str) -> None:
@@ -123,14 +115,14 @@ def train(current: Session, run: Callable[[Tell], Run], drawn: Path | None) -> N
             current.note(text)
 
     with current.running():
-        done = run(tell)
+        done = run(folder, tell)
         engine.leave()
     if not engine.main_process():
         return
     current.result(done.view(), done.to_dict())
-    if drawn is not None:
+    if plots:
         with current.running():
-            pictures = views.draw([drawn])
+            pictures = views.draw([folder])
         current.note(f"drawn: {', '.join(map(str, pictures.files))}")
 
 

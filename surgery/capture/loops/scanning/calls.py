@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.capture.loops.callees import name_pattern, python_function
 from surgery.capture.loops.scanning.contents import is_module
+from surgery.capture.loops.scanning.part import Part
 from surgery.capture.loops.scopes import parameters
 from surgery.capture.loops.values import NOTHING, LocalFunction, Value, join, without_parts
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from surgery.capture.loops.scanning.scan import Scan
 
 
-class Calls:
+class Calls(Part):
     """Goes through calls.
 
     Args:
@@ -27,11 +28,7 @@ class Calls:
     """
 
     def __init__(self, scan: Scan) -> None:
-        self._scan = scan
-        self._driver = scan.driver
-        self._names = scan.names
-        self._contents = scan.contents
-        self._notes = scan.notes
+        super().__init__(scan)
         self.unused: set[ast.expr] = set()
         self.entered: set[LocalFunction] = set()
 

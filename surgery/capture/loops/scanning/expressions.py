@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import ast
 import types
-from typing import TYPE_CHECKING
 
+from surgery.capture.loops.scanning.part import Part
 from surgery.capture.loops.scopes import stored
 from surgery.capture.loops.values import NOTHING, Value, items_of, join, tuple_of
-
-if TYPE_CHECKING:
-    from surgery.capture.loops.scanning.scan import Scan
 
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp
 
 
-class Expressions:
-    """Evaluates expressions.
-
-    Args:
-        scan: What they are part of.
-    """
-
-    def __init__(self, scan: Scan) -> None:
-        self._scan = scan
-        self._driver = scan.driver
-        self._names = scan.names
-        self._contents = scan.contents
-        self._notes = scan.notes
+class Expressions(Part):
+    """Evaluates expressions."""
 
     def eval(self, node: ast.expr) -> Value:
         """What an expression may stand for."""

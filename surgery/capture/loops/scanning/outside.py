@@ -24,6 +24,7 @@ from surgery.capture.loops.closures import block_name, passes_on
 from surgery.capture.loops.driver import WHOLE_BLOCK
 from surgery.capture.loops.findings import Run
 from surgery.capture.loops.scanning.contents import is_module
+from surgery.capture.loops.scanning.part import Part
 from surgery.capture.loops.scopes import parameters
 from surgery.capture.loops.values import (
     NOTHING,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from surgery.capture.loops.scanning.scan import Scan
 
 
-class Outside:
+class Outside(Part):
     """Goes through calls of what is defined outside of the function.
 
     Args:
@@ -49,11 +50,7 @@ class Outside:
     """
 
     def __init__(self, scan: Scan) -> None:
-        self._scan = scan
-        self._driver = scan.driver
-        self._names = scan.names
-        self._contents = scan.contents
-        self._notes = scan.notes
+        super().__init__(scan)
         self.handed: dict[LocalFunction, frozenset[str]] = {}
 
     def call(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.capture.loops.scanning.contents import is_module
+from surgery.capture.loops.scanning.part import Part
 from surgery.capture.loops.scopes import stored
 from surgery.capture.loops.values import NOTHING, LocalFunction, Value, items_of, join
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from surgery.capture.loops.scanning.scan import Scan
 
 
-class Statements:
+class Statements(Part):
     """Goes through statements.
 
     Args:
@@ -23,11 +24,7 @@ class Statements:
     """
 
     def __init__(self, scan: Scan, constants: Mapping[str, bool]) -> None:
-        self._scan = scan
-        self._driver = scan.driver
-        self._names = scan.names
-        self._contents = scan.contents
-        self._notes = scan.notes
+        super().__init__(scan)
         self._constants = constants
 
     def body_of(self, node: LocalFunction) -> None:
