@@ -583,6 +583,8 @@ and no more. The figures of the papers are for models of billions of parameters.
 - **Learning rate.** Chosen for every method by itself, as the one that ends with the lowest loss on
   the validation part: three rates a factor of three apart, and up to two more where the best is at
   the edge. The search has a seed that no result comes from; the test part is never looked at in it.
+  One seed and a grid that coarse choose roughly: where two rates ended close to each other, the
+  other one may do as well or better.
 - **Results** are on the test part, mean ± standard deviation over seeds. The seeds share that
   part: how a method would do on other samples varies more than they show.
 - **Difference.** Test loss less LoRA's, seed by seed, with the 95% interval of the mean by
