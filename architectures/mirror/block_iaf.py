@@ -18,6 +18,20 @@ from architectures.mirror.base import MirrorMap, Shape, draw_uniform, modes_of
 from architectures.mirror.kronecker import Decoder, Encoder
 
 
+@dataclass(frozen=True)
+class BlockOptions:
+    """Options of ``BlockIAF``.
+
+    Attributes:
+        blocks: How many tensors make a block; ``module`` for those of one module each.
+        shrink: What every dimension of a tensor is divided by, rounding down but not below 1,
+            from layer to layer of the encoders, and multiplied by in the decoders.
+    """
+
+    blocks: int | Literal["module"] = 4
+    shrink: tuple[int, ...] = (2, 2, 2)
+
+
 class BlockIAF(MirrorMap):
     """``phi_j = z_j ⊙ exp(s_j) + t_j`` per block of tensors, s and t made of the blocks before it.
 
@@ -39,19 +53,7 @@ class BlockIAF(MirrorMap):
         decoders: One for each tensor but those of the first block.
     """
 
-    @dataclass(frozen=True)
-    class Options:
-        """Options of the map.
-
-        Attributes:
-            blocks: How many tensors make a block; ``module`` for those of one module each.
-            shrink: What every dimension of a tensor is divided by, rounding down but not below 1,
-                from layer to layer of the encoders, and multiplied by in the decoders.
-        """
-
-        blocks: int | Literal["module"] = 4
-        shrink: tuple[int, ...] = (2, 2, 2)
-
+    Options: ClassVar[type] = BlockOptions
     couples: ClassVar[bool] = True
 
     def _build(self, made_with: dict[str, Any]) -> None:

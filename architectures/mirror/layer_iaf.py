@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from architectures.mirror.block_iaf import BlockIAF
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Options of ``LayerIAF``.
+
+    Attributes:
+        shrink: As of ``BlockIAF``.
+    """
+
+    shrink: tuple[int, ...] = (2, 2, 2)
 
 
 class LayerIAF(BlockIAF):
     """``BlockIAF`` with every tensor a block of its own: each depends on all before it."""
 
-    @dataclass(frozen=True)
-    class Options:
-        """Options of the map.
-
-        Attributes:
-            shrink: As of ``BlockIAF``.
-        """
-
-        shrink: tuple[int, ...] = (2, 2, 2)
+    Options: ClassVar[type] = LayerOptions
 
     def _cut(self) -> Iterator[range]:
         self._check_shrink()

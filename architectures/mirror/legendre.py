@@ -20,6 +20,8 @@ from architectures.mirror.base import MirrorMap, draw_uniform, modes_of, outer_s
 TOLERANCE = 1e-12
 _STEPS = 200
 
+_linalg = cast("Any", torch.linalg)  # it has no types
+
 
 class Legendre(MirrorMap):
     """``phi = ∇ψ(z)`` with an input-convex potential of one hidden layer.
@@ -161,26 +163,27 @@ def _product(factors: Sequence[Tensor]) -> Tensor | None:
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     """``u`` with ``u + gram tanh(u) = wanted``, by Newton's method with halved steps."""
     bound = TOLERANCE * max(float(wanted.abs().max()), float(gram.abs().sum(1).max()), 1.0)
-    u = wanted.clone()
-    residual = u + gram @ torch.tanh(u) - wanted
+    u, residual = wanted, _residual(gram, wanted, wanted)
     for _ in range(_STEPS):
-        size = float(residual.abs().max())
-        if size <= bound:
+        if float(residual.abs().max()) <= bound:
             return u
         slope = torch.eye(len(u), dtype=u.dtype, device=u.device) + gram * (1 - u.tanh().square())
-        step = torch.linalg.solve(slope, residual)
-        share = 1.0
-        while share > 1e-10:
-            tried = u - share * step
-            left = tried + gram @ torch.tanh(tried) - wanted
-            # The Newton step lowers the norm of the residual if it is short enough.
-            if float(left.norm()) < float(residual.norm()):
-                break
-            share /= 2
-        else:
+        step: Tensor = _linalg.solve(slope, residual)
+        shorter = (u - step * 0.5**halvings for halvings in range(40))
+        closer = next((v for v in shorter if _is_closer(gram, v, wanted, residual)), None)
+        if closer is None:
             break
-        u, residual = tried, left
+        u, residual = closer, _residual(gram, closer, wanted)
     raise ArithmeticError(
         f"the inverse of the map did not come within {TOLERANCE:g}: the residual is "
         f"{float(residual.abs().max()):g} of {float(wanted.abs().max()):g}"
     )
+
+
+def _residual(gram: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
+    return u + gram @ torch.tanh(u) - wanted
+
+
+def _is_closer(gram: Tensor, u: Tensor, wanted: Tensor, residual: Tensor) -> bool:
+    """Whether the residual is smaller at u: a Newton step that is short enough makes it so."""
+    return float(_residual(gram, u, wanted).square().sum()) < float(residual.square().sum())

@@ -20,6 +20,7 @@ class Kind(StrEnum):
 
     PASSES = "passes"
     METHODS = "methods"
+    MAPS = "maps"
     TOPOLOGIES = "topologies"
     FORMATS = "formats"
     PRESETS = "presets"
@@ -30,6 +31,7 @@ class Kind(StrEnum):
 REGISTRIES = {
     Kind.PASSES: registry.PASSES,
     Kind.METHODS: registry.ADAPTERS,
+    Kind.MAPS: registry.MIRRORS,
     Kind.TOPOLOGIES: registry.TOPOLOGIES,
     Kind.FORMATS: registry.FORMATS,
 }

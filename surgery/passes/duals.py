@@ -9,7 +9,7 @@ forward is remembered in a context variable until that forward ends.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -156,8 +156,8 @@ def _transformed() -> bool:
 
 def _saving_is_watched() -> bool:
     """Whether somebody's hooks get what is saved for the backward."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportPrivateUsage]
-    return hooks(False) is not None
+    hooks = cast("Any", torch._C)._autograd  # pyright: ignore[reportPrivateUsage]
+    return hooks._top_saved_tensors_default_hooks(False) is not None
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class MirrorHost(nn.Module):
     """
 
     def __getattr__(self, name: str) -> Any:
-        value = nn.Module.__getattr__(self, name)
+        value = cast("Tensor | None", nn.Module.__getattr__(self, name))
         links = cast("Links | None", self.__dict__.get(LINKS))
         if links is None or value is None or name not in links:
             return value
@@ -179,7 +179,7 @@ class MirrorHost(nn.Module):
             # It is looked at by whoever shards it, not computed with.
             return value
         attachment, index = links[name]
-        return attachment.read(index, cast("Tensor", value))
+        return attachment.read(index, value)
 
 
 class Scope(Generated):
@@ -200,7 +200,9 @@ def scope_of(cls: type[nn.Module]) -> type[Scope]:
             return scope_of, (stock,)
 
         @functools.wraps(cls.forward)
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, *args: Any, **kwargs: Any
+        ) -> Any:
             if torch.compiler.is_compiling():
                 return super().forward(*args, **kwargs)
             module = without_caches(self)
@@ -215,7 +217,7 @@ def scope_of(cls: type[nn.Module]) -> type[Scope]:
 
 
 @contextmanager
-def remembered() -> Iterator[None]:
+def remembered() -> Generator[None]:
     """Compute each mapped value once in this block, unless gradients are switched on or off."""
     token = _memo.set({})
     try:
@@ -225,7 +227,7 @@ def remembered() -> Iterator[None]:
 
 
 @contextmanager
-def as_they_are(attachments: Sequence[Attachment]) -> Iterator[None]:
+def as_they_are(attachments: Sequence[Attachment]) -> Generator[None]:
     """Read the parameters of some attachments as they are in this block."""
     numbers = frozenset(each.family.number for each in attachments)
     token = _unmapped.set(_unmapped.get() | numbers)

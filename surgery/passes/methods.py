@@ -71,12 +71,20 @@ def completed(what: str, name: str, known: type, given: Mapping[str, Any]) -> di
         message = f"{what} {name!r} has no option {unknown[0]!r}"
         raise problem_error(Problem((unknown[0],), message, hint, at_key=True))
     made = dataclasses.asdict(_checked(known)(**tupled(given)))
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in made.items()}
+    return {key: _listed(value) for key, value in made.items()}
 
 
 def tupled(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options as a dataclass has them, a tuple for every list."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return {key: _tupled(value) for key, value in given.items()}
+
+
+def _listed(value: object) -> object:
+    return list(cast("tuple[object, ...]", value)) if isinstance(value, tuple) else value
+
+
+def _tupled(value: object) -> object:
+    return tuple(cast("list[object]", value)) if isinstance(value, list) else value
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from surgery.optim.rule import Attached, Factors, StepRule
 from surgery.passes.base import passes_of
 from surgery.passes.hosts import CHILD, Bank, Banks
 from surgery.passes.hosts.folding import Fold
+from surgery.passes.links import links_of
 from surgery.passes.lowrank import LowRank
 from surgery.record import Record, rewritten
 from surgery.registry import STEP_RULES
@@ -151,6 +152,12 @@ def _found(model: nn.Module) -> Iterator[_Found]:
             for part, method, ranges in _methods(given):
                 if method.step_rule is None:
                     continue
+                if links_of(method):
+                    raise ModelStateError(
+                        f"adapter {adapter!r} of {path} is mapped by a mirror map, and what its "
+                        "method does around a step would write to duals as if they were factors",
+                        hint="map adapters of a method without a step rule, such as lora",
+                    )
                 if bank.merged is not None:
                     raise ModelStateError(
                         "adapters are merged into the weights, so none of them can be trained",

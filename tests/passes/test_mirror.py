@@ -720,6 +720,14 @@ def test_coefficients_of_shortcuts_can_be_mapped() -> None:
     assert "shortcuts" in each.parameters[0]
 
 
+def test_methods_that_act_around_a_step_do_not_go_with_a_map_of_their_factors() -> None:
+    reflora = Rule(LowRank(method="reflora", rank=2), where=At("blocks.0.up"), id="lora")
+    model = surgery.apply(net(Blocks), [reflora, Rule(Mirror(), where=CreatedBy("lora"))])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelStateError, match=r"'default' of blocks.0.up is mapped"):
+        adapters.prepare(model, optimizer)
+
+
 # Exports.
 
 
