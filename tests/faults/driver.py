@@ -47,6 +47,7 @@ from tests.exporting.own import Tower
 
 _REFUSED = 3  # what ``forked`` returns for an OSError or a SurgeryError
 _ROOM = 6000  # bytes: more than a configuration has, less than the weights
+_DISK = 48 << 20  # bytes; conversions want some to be left
 
 
 class Operation(ABC):
@@ -317,28 +318,17 @@ def changed_source(operation: Operation) -> dict[str, Any]:
 
 
 def on_a_small_disk(make: Callable[[Path], Operation], parent: Path) -> dict[str, Any]:
-    """On a file system that has room for the old output and not for the new one beside it."""
-    roomy = make(parent / "roomy")
-    roomy.run("new")
-    size = sum(each.stat().st_size for each in roomy.out.iterdir())
+    """On a file system that has no room for another output beside the old one."""
     disk = parent / "disk"
     disk.mkdir()
-    options = f"size={size * 3}"
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(disk)]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         return {"skipped": "no file system can be mounted here"}
     try:
         operation = make(disk / "work")
         operation.begin("old")
         filler = disk / "filler"
-        filler.touch()
-        with filler.open("wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(bytes(4096))
-                except OSError:
-                    break
-        os.truncate(filler, filler.stat().st_size - 8192)
+        fill(filler)
         code = forked(lambda: operation.run("new") or 0)
         assert operation.look() == "old"
         filler.unlink()
@@ -346,6 +336,17 @@ def on_a_small_disk(make: Callable[[Path], Operation], parent: Path) -> dict[str
         return {"codes": [code]}
     finally:
         subprocess.run(["umount", str(disk)], check=True)  # noqa: S607 - the system's
+
+
+def fill(path: Path) -> None:
+    """Write a file until nearly nothing fits on the disk any more."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(1 << 16)):
+                pass
+        except OSError:
+            size = path.stat().st_size
+    os.truncate(path, size - 4 * _ROOM)
 
 
 def main() -> None:
