@@ -524,7 +524,7 @@ def section(
         yield f"- `{method}`: {grid['chosen']:g}{edge} of {tried}"
     yield ""
     if (images / f"adapters-{name}.png").is_file():
-        yield f"\n![Loss by step, and by method at the end.](images/adapters-{name}.png)\n"
+        yield f"![Loss by step, and by method at the end.](images/adapters-{name}.png)\n"
 
 
 def timed(
