@@ -12,7 +12,7 @@ BENCHMARKS := $(filter-out %/harness.py %/study.py,$(wildcard benchmarks/*.py)) 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types sweep coverage survival bench bench-convert fuzz faults api clean
+.PHONY: help setup demo test lint types sweep coverage survival exports bench bench-convert fuzz faults api clean
 
 help: ## List the commands
 	@echo "usage: make COMMAND"
@@ -61,6 +61,10 @@ coverage: $(VENV)/.installed ## Prove both passes on every timm module and 87 ot
 
 survival: $(VENV)/.installed ## Run the survival table and write docs/survival.md (ONLY=Llama,BERT ROWS=eager,onnx)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.survival.run $(if $(ONLY),--only "$(ONLY)") $(if $(ROWS),--rows "$(ROWS)")
+
+exports: $(VENV)/.installed ## Export every family of the survival table, and MiniLM, in every format (ONLY=Llama,BERT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.exporting.table $(if $(ONLY),--only "$(ONLY)")
+	$(BIN)/python examples/minilm_export.py
 
 bench: $(VENV)/.installed ## Run the benchmarks and print their ratios
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

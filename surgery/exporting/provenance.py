@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from surgery.errors import ExportError
+from surgery.errors import CheckpointError, ExportError
+from surgery.untrusted.documents import parse_object, read_bytes, read_object
+from surgery.untrusted.paths import check_inside, plain_name, short
 
 FORMAT = 1
 NAME = "surgery.json"
@@ -99,35 +101,36 @@ def read(place: Path) -> Provenance:
         place: Its folder, or its one file.
 
     Raises:
-        ExportError: there is none, or it was changed after it was written.
+        ExportError: there is none, it was changed after it was written, is a link out of its
+            folder, or names a file that is not right beside it.
     """
     path = beside(place) if place.is_file() else place / NAME
-    try:
-        data: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ExportError(f"there is no {path}, so surgery.export did not write it") from None
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path} is damaged: {error}") from None
-    if not isinstance(data, dict) or cast("dict[str, Any]", data).get("kind") != "export":
+    if not path.exists() and not path.is_symlink():
+        raise ExportError(f"there is no {path}, so surgery.export did not write it")
+    check_inside(path, path.parent, error=ExportError)
+    text = read_bytes(path, error=ExportError)
+    fields = parse_object(text, f"{path} is damaged", error=ExportError, infinities=True)
+    if fields.get("kind") != "export":
         raise ExportError(f"{path} is not that of an export")
-    fields = cast("dict[str, Any]", data)
     if fields.pop("checksum", None) != checksum(fields):
         raise ExportError(f"{path} was changed after it was written: its checksum does not fit")
     try:
-        return Provenance.model_validate(fields)
+        told = Provenance.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ExportError(f"{path} is damaged: {where}: {first['msg']}") from None
+        raise ExportError(f"{path} is damaged: {short(where)}: {first['msg']}") from None
+    for name in (*told.files, *told.origin):
+        plain_name(name, str(path), error=ExportError)
+    return told
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder says that it is an export. Nothing else in it is looked at."""
     try:
-        data: Any = json.loads((folder / NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(folder / NAME, infinities=True).get("kind") == "export"
+    except CheckpointError:
         return False
-    return isinstance(data, dict) and cast("dict[str, Any]", data).get("kind") == "export"
 
 
 def check_replaceable(folder: Path) -> None:

@@ -21,7 +21,7 @@ from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
 from surgery.exporting.code.rewrites import Rewrites, rewrites_of
-from surgery.exporting.weights import SHARD, write_weights
+from surgery.exporting.weights import SHARD, checked_size, write_weights
 from surgery.record import record_of
 from surgery.rules.strict import options
 from surgery.sources import SOURCE_ATTRIBUTE, Example
@@ -55,20 +55,14 @@ class Transformers(Format):
 
     def write(self, model: nn.Module, work: Path, example: Example) -> None:
         """Configuration, weights, and the modelling file if one is needed."""
-        if _is_remote(model):  # brings its own modelling file along
-            cast("Any", model).save_pretrained(work, max_shard_size=self.max_shard_size)
-            return
-        rewrites = rewrites_of(model)
-        config = cast("Any", model).config
-        data: dict[str, Any] = config.to_dict()
-        data.pop("_name_or_path", None)
-        data["architectures"] = [stock_class(model).__name__]
-        if rewrites.any:
-            data |= self._remote(model, work, rewrites)
-        remote.write_json(work / "config.json", data)
-        write_weights(model, work, "model", rewrites.dropped, self.max_shard_size)
-        if cast("Any", model).can_generate():
-            cast("Any", model).generation_config.save_pretrained(work)
+        rewrites = None if _is_remote(model) else rewrites_of(model)
+        if rewrites is None or not rewrites.any:
+            # The library's own way: it knows what published names its architectures have, and
+            # takes the modelling file of remote code along.
+            limit = checked_size(self.max_shard_size)
+            cast("Any", model).save_pretrained(work, max_shard_size=limit)
+        else:
+            self._write_remote(model, work, rewrites)
         for file in _tokenizer_files(self.tokenizer, model):
             shutil.copyfile(file, work / file.name)
 
@@ -87,6 +81,15 @@ class Transformers(Format):
     def versions(self) -> dict[str, str]:
         """Of transformers."""
         return {"transformers": version("transformers")}
+
+    def _write_remote(self, model: nn.Module, work: Path, rewrites: Rewrites) -> None:
+        data: dict[str, Any] = cast("Any", model).config.to_dict()
+        data.pop("_name_or_path", None)
+        data |= self._remote(model, work, rewrites)
+        remote.write_json(work / "config.json", data)
+        write_weights(model, work, "model", rewrites.dropped, self.max_shard_size)
+        if cast("Any", model).can_generate():
+            cast("Any", model).generation_config.save_pretrained(work)
 
     def _remote(self, model: nn.Module, work: Path, rewrites: Rewrites) -> dict[str, Any]:
         config_class = _config_class(model)

@@ -15,6 +15,18 @@ from surgery.errors import CheckpointError, ExportError
 SHARD = "5GB"
 
 
+def checked_size(limit: int | str) -> int:
+    """Bytes per file, given as a number or as text.
+
+    Raises:
+        ExportError: it is neither.
+    """
+    try:
+        return size_of(limit)
+    except CheckpointError as error:
+        raise ExportError(error.message, hint=error.hint) from None
+
+
 def write_weights(
     model: nn.Module, folder: Path, stem: str, dropped: frozenset[str], limit: int | str
 ) -> dict[str, str]:
@@ -42,7 +54,7 @@ def write_weights(
             check_storable(name, tensor)
         # Not hashed on the way: ``surgery.json`` has the hashes of all files, once all are there.
         with progress.task("writing weights", total, "bytes") as task:
-            Writer(folder, hashed=False).sharded(stem, state, size_of(limit), task.advance)
+            Writer(folder, hashed=False).sharded(stem, state, checked_size(limit), task.advance)
     except CheckpointError as error:
         raise ExportError(error.message, hint=error.hint) from None
     names = {name for name, _ in state}
