@@ -143,7 +143,9 @@ class Hub(Output):
         for path in _small(self._folder):
             check_inside(path, self._folder)
             if path.name == _CONFIG and self._dtype is not None:
-                config = _with_dtype(read_object(path), str(self._dtype).removeprefix("torch."))
+                config = _with_dtype(
+                    read_object(path, infinities=True), str(self._dtype).removeprefix("torch.")
+                )
                 text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
                 (work / _CONFIG).write_text(text, encoding="utf-8")
             else:

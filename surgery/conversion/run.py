@@ -225,7 +225,7 @@ def _stock(
             hint="expected a folder as written by save_pretrained; what surgery.save wrote is "
             "read by surgery.restore",
         )
-    declared = bool(read_object(config).get("quantization_config"))
+    declared = bool(read_object(config, infinities=True).get("quantization_config"))
 
     def built() -> nn.Module:
         return skeleton(checkpoint.folder, dtype=dtype, stored_dtype=_stored_dtype(checkpoint))

@@ -172,6 +172,17 @@ def read_tensors(path: Path) -> Flat:
     return dict(tensorfile.read(path, tensorfile.contents(path)))
 
 
+def check_tensors(folder: Path) -> None:
+    """Check the header of every safetensors file before another reader opens them.
+
+    Raises:
+        CheckpointError: one is damaged, or a link out of the folder.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        check_inside(path, folder)
+        tensorfile.contents(path)
+
+
 def write_json(path: Path, data: object) -> None:
     """Write JSON and flush it."""
     with path.open("x", encoding="utf-8") as file:

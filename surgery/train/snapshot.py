@@ -192,6 +192,7 @@ class Snapshot:
 
         distributed: Any = importlib.import_module("torch.distributed.checkpoint")
         shards, _ = self._shards()
+        checkpoints.check_tensors(folder)
         with _quiet():
             distributed.load(shards, storage_reader=HuggingFaceStorageReader(str(folder)))
         structure = checkpoints.read_json(folder / "structure.json")

@@ -118,6 +118,22 @@ def test_damage_is_named(damage: str, folder: FilePath) -> None:
     refused(folder, said)
 
 
+def test_a_snapshot_in_the_cache_of_the_hub(folder: FilePath, tmp_path: FilePath) -> None:
+    """Its files are links by design."""
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(FilePath("..", "..", "blobs", str(number)))
+    assert surgery.restore(snapshot, model=Net()).state_dict()
+    (snapshot / "recipe.yaml").unlink()
+    (snapshot / "recipe.yaml").symlink_to(FilePath("..", "..", "..", "secret"))
+    (tmp_path / "secret").write_text("x")
+    refused(snapshot, r"recipe\.yaml is a link to .*secret, outside of its folder")
+
+
 def forge(folder: FilePath, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change surgery.json and give it a checksum that fits, as an attacker would."""
     path = folder / "surgery.json"
