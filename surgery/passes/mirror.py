@@ -152,7 +152,7 @@ class Mirror(Pass):
         if added <= below:
             return ()
         text = (
-            f"the {self.map} maps have {human_count(added)} parameters, {added / below:.2g} times "
+            f"the {self.map} maps have {human_count(added)} parameters, {added / below:.3g} times "
             f"the {human_count(below)} that they map; {self._way_out()}"
         )
         return (text,)

@@ -105,7 +105,7 @@ def test_factors_of_lora_in_a_bert(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="without its rewrites"):
         model.save_pretrained(tmp_path / "stock")
     for format in ("merged", "peft", "transformers"):  # noqa: A001
-        with pytest.raises(ExportError, match="mirror|block_iaf"):
+        with pytest.raises(ExportError, match=r"mirror|block_iaf"):
             surgery.export(model, tmp_path / format, format=format, example=example)
     surgery.apply(model, Rule(Freeze()), example=example)
     surgery.export(model, tmp_path / "merged", format="merged", example=example)
