@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any, cast
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import surgery
 from surgery import Freeze, LowRank, Rule, Shortcuts, Type, adapters
 from surgery.checkpoints.inventory import places
+from surgery.cli import app
 from surgery.errors import CheckpointError, ModelStateError, SurgeryError
 from surgery.passes.lowrank import LowRank as Pass
 from surgery.record import Edit, record_of
@@ -244,3 +247,25 @@ def test_a_failure_leaves_the_model_on_meta(monkeypatch: pytest.MonkeyPatch) -> 
     surgery.materialize(meta, real.state_dict())
     with pytest.raises(ModelStateError, match="no tensor of the model is on the meta device"):
         surgery.materialize(meta, real.state_dict())
+
+
+def test_the_command_streams_into_what_it_would_have_loaded(tmp_path: FilePath) -> None:
+    stock = zoo.build("mixtral")[0].bfloat16()
+    cast("Any", stock).save_pretrained(tmp_path / "stock", max_shard_size="20KB")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "version: 1\nrecipe: both\nrules:\n"
+        "  - {pass: shortcuts, with: {topology: ancre, init: identity}}\n"
+        "  - {pass: lowrank, where: {type: Linear}, with: {method: pissa, rank: 2}}\n"
+    )
+    runner = CliRunner()
+    files: list[dict[str, str]] = []
+    for name, more in (("loaded", []), ("streamed", ["--materialize", str(tmp_path / "stock")])):
+        out = tmp_path / name
+        arguments = ["apply", str(tmp_path / "stock"), str(rules), "--out", str(out), *more]
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 0, done.stderr
+        entries = json.loads((out / "surgery.json").read_text())["files"]
+        files.append({file: entry["sha256"] for file, entry in entries.items()})
+    assert files[0] == files[1]
+    assert "model.safetensors" in files[0]
