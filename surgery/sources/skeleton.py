@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 @contextmanager
@@ -21,15 +22,15 @@ def parameters_on_meta() -> Generator[None]:
     """
     patched = cast("Any", nn.Module)
     stock = cast("Callable[..., None]", nn.Module.register_parameter)
-    moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    moved: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         stock(module, name, param)
         if param is None or param.is_meta:
             return
-        # The original is held until the end: an id may be given anew.
-        _, empty = moved.setdefault(id(param), (param, _emptied(param)))
-        cast("dict[str, Any]", module.__dict__["_parameters"])[name] = empty
+        if param not in moved:
+            moved[param] = _emptied(param)
+        cast("dict[str, Any]", module.__dict__["_parameters"])[name] = moved[param]
 
     patched.register_parameter = register
     try:
