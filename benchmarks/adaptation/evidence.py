@@ -213,7 +213,7 @@ def slug(method: str) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PROBLEMS))
     parser.add_argument(
         "--seeds", type=lambda text: [int(n) for n in text.split(",")], default=list(SEEDS)

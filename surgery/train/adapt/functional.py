@@ -51,8 +51,8 @@ def episode_mode(model: nn.Module, statistics: Statistics, *, dropout: bool) -> 
         with ExitStack() as stack:
             stack.enter_context(unrecorded(model))
             stack.enter_context(mirrors.unmapped(model))
-            math = sdpa_kernel([SDPBackend.MATH])
-            stack.enter_context(cast("AbstractContextManager[object]", math))
+            twice = cast("Callable[..., AbstractContextManager[object]]", sdpa_kernel)
+            stack.enter_context(twice([SDPBackend.MATH]))
             yield
     finally:
         for module, training in modes:
