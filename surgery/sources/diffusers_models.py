@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -55,7 +56,7 @@ def load_saved(store: Store, raw: dict[str, Any], request: Request) -> tuple[nn.
     stem = "diffusion_pytorch_model"
     files = weights.find(store, safetensors=stem, pickled=stem, variant=request.variant)
     if request.skeleton:
-        return _construct(model_class, arguments, request).eval(), files.fingerprints()
+        return _skeleton(model_class, arguments, request), files.fingerprints()
     if files.pickled:
         weights.read(files)  # refuses what weights_only does not accept, before diffusers opens it
     try:
@@ -99,6 +100,23 @@ def rebuild(description: Mapping[str, Any], dtype: torch.dtype, request: Request
     model_class = resolve_class(LIBRARY, description["class"], "ModelMixin")
     _check_names(model_class, request.config)
     return _construct(model_class, request.config, request)
+
+
+def _skeleton(model_class: Any, config: Mapping[str, Any], request: Request) -> nn.Module:
+    """The model as ``from_pretrained`` would give it, in its dtypes and in eval mode."""
+    before = torch.get_default_dtype()
+    # Buffers that no state dict holds keep the dtype they are computed in.
+    torch.set_default_dtype(request.dtype or before)
+    try:
+        model = _construct(model_class, config, replace(request, dtype=None))
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(model_class._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if kept and request.dtype is not None:
+            single = kept.intersection(name.split("."))
+            parameter.data = parameter.data.to(torch.float32 if single else request.dtype)
+    return model.eval()
 
 
 def _construct(model_class: Any, config: Mapping[str, Any], request: Request) -> nn.Module:

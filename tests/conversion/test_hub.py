@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery import LowRank, Rule
+from surgery import LowRank, Rule, progress
 from surgery import Path as At
 from surgery.exporting import provenance
 from tests.zoo import build
@@ -169,3 +170,24 @@ def test_values_that_are_not_finite_are_reported(tmp_path: Path) -> None:
     done = surgery.convert(tmp_path / "bad", None, tmp_path / "got", dtype="float16")
     assert done.not_finite == {"model.norm.weight": 2, "model.layers.0.mlp.up_proj.weight": 1}
     assert "NaN or infinite" in str(done)
+
+
+def test_progress_tells_bytes_speed_and_what_is_left(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int | None, str]] = []
+
+    class Listener:
+        def started(self, task: progress.Task) -> None: ...
+
+        def advanced(self, task: progress.Task) -> None:
+            seen.append((task.title, task.done, task.total, task.note))
+
+        def finished(self, task: progress.Task) -> None: ...
+
+    source = saved("llama", tmp_path / "source")
+    with progress.listen(Listener()):
+        done = surgery.convert(source, None, tmp_path / "got", dtype="bfloat16", threads=2)
+    told = [each for each in seen if each[0] == "converting"]
+    assert [each[1] for each in told] == sorted(each[1] for each in told)
+    weights = sum(size for name, size in done.files.items() if name.endswith(".safetensors"))
+    assert {each[2] for each in told} == {weights}
+    assert re.fullmatch(r"[\d.]+ \w+/s, 0:00 left", told[-1][3])
