@@ -352,3 +352,57 @@ def test_training_configurations(root: Path, tmp_path: Path) -> None:
 
     run()
     counted.check()
+
+
+# --- conversions, which write ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(CASES < 1000, reason="make fuzz: it imports transformers")
+def test_conversions(tmp_path: Path) -> None:
+    from tests import zoo
+
+    counted, original, source = Counted(), tmp_path / "original", tmp_path / "source"
+    model: Any = zoo.build("llama")[0]
+    model.save_pretrained(original, max_shard_size="40KB")
+    whole = {path.name: path.read_bytes() for path in original.iterdir()}
+    shards = [name for name in whole if name.endswith(".safetensors")]
+    rules = b"version: 1\nrecipe: r\nrules:\n  - pass: lowrank\n    where: {role: attention.q}\n"
+    (index,) = (name for name in whole if name.endswith(".index.json"))
+    work, recipe = tmp_path / "work", tmp_path / "rules.yaml"
+
+    def convert() -> None:
+        surgery.convert(source, Recipe.load(recipe), work / "out", threads=1)
+
+    def prepare(name: str, data: bytes) -> dict[str, bytes]:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(original, source)
+        work.mkdir()
+        (recipe if name == recipe.name else source / name).write_bytes(data)
+        return {path.name: path.read_bytes() for path in source.iterdir()}
+
+    prepare(recipe.name, rules)
+    convert()  # what is imported and cached is so before the watch begins
+
+    @fuzz(0.02)
+    @given(
+        st.one_of(
+            st.just((recipe.name, rules)),
+            mutated_bytes(rules).map(lambda data: (recipe.name, data)),
+            mutated(json.loads(whole[index])).map(lambda data: (index, json.dumps(data).encode())),
+            *(
+                mutated_files(whole[name]).map(lambda data, name=name: (name, data))
+                for name in shards[:2]
+            ),
+        )
+    )
+    def run(case: tuple[str, bytes]) -> None:
+        recipe.write_bytes(rules)
+        before = prepare(*case)
+        end = ended(convert, allowed=work)
+        assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+        assert (work / "out").exists() == (end == "taken")
+        counted.note("valid" if case == (recipe.name, rules) else "mutated", end)
+
+    run()
+    counted.check()

@@ -217,7 +217,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row: object = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: no JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: expected an object with columns as its keys")

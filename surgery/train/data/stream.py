@@ -349,7 +349,7 @@ class _Bookmarks:
         for line in lines:
             try:
                 yield Mark(*json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 # Cut off by a crash. A mark less costs time and nothing else.
                 logger.warning("%s holds a broken bookmark, which is left out", self.path)
 

@@ -20,6 +20,7 @@ import numpy as np
 from surgery.errors import RuleError, TrainingError
 from surgery.rules import yaml
 from surgery.train.views.canvas import Array
+from surgery.untrusted.documents import parse
 
 CONFIG, LOG, MATRICES = "config.yaml", "log.jsonl", "matrices"
 REWIRES_NOTHING = "the run's rules rewire nothing: there is no matrix to draw"
@@ -280,8 +281,8 @@ def _records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 def _record(line: str) -> dict[str, Any] | None:
     """One line, or None if it is no record."""
     try:
-        data = json.loads(line)
-    except json.JSONDecodeError:
+        data = parse(line.encode(), LOG, error=TrainingError, infinities=True)
+    except TrainingError:
         return None
     if not isinstance(data, dict):
         return None
@@ -363,7 +364,7 @@ def _matrix_files(folder: Path, notes: list[str]) -> Iterator[tuple[int, dict[st
             continue
         try:
             found = _tensors(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, TrainingError) as error:
             notes.append(f"{MATRICES}/{path.name} cannot be read ({error}) and is left out")
             continue
         for name, matrix in found.items():
@@ -379,7 +380,8 @@ def _tensors(path: Path) -> dict[str, Array]:
     with cast("Any", safe_open)(path, framework="pt") as file:
         names: list[str] = sorted(file.keys(), key=_by_number)
         about: dict[str, str] = file.metadata() or {}
-        known: list[str] = json.loads(about.get("stacks", "[]"))
+        told = parse(about.get("stacks", "[]").encode(), str(path), error=TrainingError)
+        known = [str(name) for name in cast("list[object]", told)] if isinstance(told, list) else []
         names = known if sorted(known) == sorted(names) else names
         return {name: file.get_tensor(name).double().numpy() for name in names}
 

@@ -144,6 +144,7 @@ def test_what_is_wrong_is_told_with_its_row(case: str, tmp_path: Path):
 
 BROKEN = {
     "a.jsonl": ('{"text": "a"\n', "a.jsonl:1: no JSON"),
+    "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl:1: no JSON"),
     "b.jsonl": ("[1]\n", "b.jsonl:1: expected an object"),
     "c.csv": ("text,kind\na,b,c\n", "c.csv:2: 3 fields, and the header has 2"),
     "d.csv": ("text,text\na,b\n", "a column is named twice"),

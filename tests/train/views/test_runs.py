@@ -223,3 +223,15 @@ def test_one_seed_twice_is_no_second_sample(tmp_path: Path) -> None:
 
     with pytest.raises(TrainingError, match="same seed 0"):
         groups(records)
+
+
+def test_a_line_and_a_header_that_are_hostile_are_left_out_and_said(run: Path) -> None:
+    with (run / "log.jsonl").open("a") as log:
+        log.write("[" * 100_000 + '\n{"kind": "step", "kind": "x", "step": 1}\n')
+    path = run / "matrices" / "000500.safetensors"
+    save_file({"layers 0..3": torch.eye(4)}, path, {"stacks": "[" * 100_000})
+
+    record = read_run(run)
+
+    assert any("lines that cannot be read" in note for note in record.notes)
+    assert any("000500.safetensors cannot be read" in note for note in record.notes)
