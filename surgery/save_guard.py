@@ -109,6 +109,12 @@ def not_baked(model: nn.Module, record: Record) -> list[Edit]:
     ]
 
 
+def first_baked(model: nn.Module, record: Record) -> Edit | None:
+    """The first edit in force that is in the stock weights themselves, as after a merge."""
+    apart = not_baked(model, record)
+    return next((edit for edit in record.edits if edit not in apart), None)
+
+
 @cache
 def _publishes(cls: type) -> bool:
     return any("save_pretrained" in vars(parent) for parent in cls.__mro__)

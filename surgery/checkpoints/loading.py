@@ -17,7 +17,7 @@ from surgery.copies import is_sharded, same_bits
 from surgery.editing import begin, bound, settle
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, added_names, record_of
-from surgery.save_guard import not_baked
+from surgery.save_guard import first_baked
 from surgery.sources import describe, rebuild
 from surgery.sources.links import Link
 from surgery.tree import joined, named_modules
@@ -165,8 +165,7 @@ def _check_loadable(model: nn.Module, record: Record) -> None:
                 f"{name} is quantised or sharded, and cannot be given other values",
                 hint="load the weights before the model is quantised or sharded",
             )
-    apart = not_baked(model, record)
-    baked = next((edit for edit in record.edits if edit not in apart), None)
+    baked = first_baked(model, record)
     if baked is not None:
         raise ModelStateError(
             f"what was inserted at {baked.site} ({baked.summary}) is in the present weight itself",

@@ -23,7 +23,7 @@ from surgery.editing import bound, note_state, originals
 from surgery.errors import CheckpointError, ModelStateError
 from surgery.record import Record, added_names, record_of
 from surgery.rules import Recipe
-from surgery.save_guard import not_baked
+from surgery.save_guard import first_baked
 from surgery.sources import describe
 from surgery.tree import named_modules, named_parameters
 
@@ -169,8 +169,7 @@ def _adapter(model: nn.Module, record: Record) -> Content:
 
 
 def _refuse_baked(model: nn.Module, record: Record) -> None:
-    apart = not_baked(model, record)
-    baked = next((edit for edit in record.edits if edit not in apart), None)
+    baked = first_baked(model, record)
     if baked is not None:
         raise CheckpointError(
             f"what was inserted at {baked.site} is merged into the stock weight, so it cannot be "
