@@ -12,6 +12,7 @@ from architectures.adapters import LoRA, Method, Sliced
 from surgery.errors import ModelStateError
 from surgery.passes.base import ApplyContext, passes_of
 from surgery.passes.hosts import Bank, has_folded
+from surgery.passes.links import links_of
 from surgery.passes.lowrank import LowRank
 from surgery.record import Edit, Operation, Record
 
@@ -81,6 +82,12 @@ def _check_alone(split: _Split, bank: Bank) -> None:
         raise ModelStateError(
             f"adapters are merged into the weight of {split.edit.site}",
             hint="call surgery.adapters.unmerge(model) first",
+        )
+    if any(links_of(method) for method in bank.adapters[split.made.adapter].methods):
+        raise ModelStateError(
+            f"the factors of adapter {split.made.adapter!r} at {split.edit.site} are duals of a "
+            "mirror map",
+            hint="bake the map in first, with a rule of pass: freeze",
         )
     for name, other in bank.adapters.items():
         if has_folded(other) or (name != split.made.adapter and other.beginning is not None):

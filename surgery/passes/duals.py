@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from architectures.mirror import MirrorMap
 from surgery.capture.graft import Generated, check_graftable, graft, grafts, stock_class, ungraft
 from surgery.copies import is_sharded
-from surgery.errors import Conflict, ModelStateError
+from surgery.errors import ModelStateError
 from surgery.passes.hosts import Family, below, without_caches
 from surgery.passes.hosts.bank import COMPILER_SEES_CONTEXT
 from surgery.passes.hosts.branch import autocasting
 from surgery.passes.links import LINKS, MAPS, links_of
+from surgery.passes.names import check_name
 from surgery.passes.streams import cover, uncover
 from surgery.tree import children, named_modules, own_parameters
 
@@ -326,17 +327,8 @@ def check_free(module: nn.Module, path: str) -> None:
     Raises:
         Conflict: the module has an attribute ``mirror`` of its own.
     """
-    state = module.__dict__
-    if isinstance(state["_modules"].get(MAPS), Mirrors):
-        return
-    registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
-    inherited = (vars(cls) for cls in type(module).__mro__)
-    if any(MAPS in names for names in (*registered, *inherited)):
-        raise Conflict(
-            f"{path or 'the model'} has an attribute {MAPS!r} of its own, which is where a map "
-            "would go",
-            hint="rename it, or leave the module out with except:",
-        )
+    if mirrors_of(module) is None:
+        check_name(module, path, MAPS, what="a map", leave_out="the module")
 
 
 def check_carrier(module: nn.Module, path: str) -> None:

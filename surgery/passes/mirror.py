@@ -128,9 +128,11 @@ class Mirror(Pass):
         """One edit for all sites if the map couples them, else one for each module."""
         members = list(self._members(sites, context))
         _check_storage(members, context)
+        check_carrier(context.model, "")
         for member in members:
             _check_others(member, context)
         if self.kind.couples:
+            check_free(context.model, "")
             _check_devices(members)
             return [self._edit(members, [(members, "", _number(context))], context)]
         alone: dict[str, list[_Member]] = {}

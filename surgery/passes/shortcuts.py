@@ -13,8 +13,9 @@ from torch import nn
 
 from architectures.shortcuts import Start, Topology
 from surgery.capture.graft import check_graftable, stock_class
-from surgery.errors import Conflict, ModelStateError, RuleError
+from surgery.errors import ModelStateError, RuleError
 from surgery.passes.base import ApplyContext, Pass, PlanContext
+from surgery.passes.names import check_name
 from surgery.passes.streams import (
     CHILD,
     AcrossSegment,
@@ -496,17 +497,8 @@ _PLAIN = "it has no residual addition of its own"
 
 def _check_free(holder: nn.Module, path: str) -> None:
     """Raise if the name that the coefficients need is taken."""
-    if segments_of(holder) is not None:
-        return
-    state = holder.__dict__
-    registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
-    inherited = (vars(cls) for cls in type(holder).__mro__)
-    if any(CHILD in names for names in (*registered, *inherited)):
-        raise Conflict(
-            f"{path or 'the model'} has an attribute {CHILD!r} of its own, which is where the "
-            "coefficients would go",
-            hint="rename it, or leave its blocks out with except:",
-        )
+    if segments_of(holder) is None:
+        check_name(holder, path, CHILD, what="the coefficients", leave_out="its blocks")
 
 
 def _specs(prefix: str, segment: Segment) -> dict[str, TensorSpec]:

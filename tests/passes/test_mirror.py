@@ -277,6 +277,11 @@ def test_a_name_that_is_taken() -> None:
     model.norm.mirror = 3
     with pytest.raises(Conflict, match="norm has an attribute 'mirror' of its own"):
         surgery.plan(model, Rule(Mirror()))
+    root = net()
+    root.mirror = 3
+    with pytest.raises(Conflict, match="the model has an attribute 'mirror' of its own"):
+        surgery.plan(root, Rule(Mirror(map="block_iaf"), where=At("conv")))
+    assert surgery.plan(root, Rule(Mirror(), where=At("conv"))).edits
 
 
 def test_a_parameter_is_mapped_once() -> None:
@@ -726,6 +731,13 @@ def test_methods_that_act_around_a_step_do_not_go_with_a_map_of_their_factors() 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ModelStateError, match=r"'default' of blocks.0.up is mapped"):
         adapters.prepare(model, optimizer)
+
+
+def test_mapped_factors_are_not_converted() -> None:
+    pissa = Rule(LowRank(method="pissa", rank=2), where=At("blocks.0.up"), id="lora")
+    model = surgery.apply(net(Blocks), [pissa, Rule(Mirror(), where=CreatedBy("lora"))])
+    with pytest.raises(ModelStateError, match="are duals of a mirror map"):
+        adapters.to_lora(model)
 
 
 # Exports.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.capture.graft import graft, grafts, ungraft
-from surgery.errors import Conflict
 from surgery.passes.hosts.bank import CHILD, Bank, Banks, bank_of
 from surgery.passes.hosts.hosting import HOSTS
+from surgery.passes.names import check_name
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,8 @@ def check_free(module: nn.Module, path: str) -> None:
     Raises:
         Conflict: the module has an attribute ``lowrank`` of its own.
     """
-    state = module.__dict__
-    if isinstance(state["_modules"].get(CHILD), (Bank, Banks)):
-        return
-    registered = (state, state["_modules"], state["_parameters"], state["_buffers"])
-    inherited = (vars(cls) for cls in type(module).__mro__)
-    if any(CHILD in names for names in (*registered, *inherited)):
-        raise Conflict(
-            f"{path} has an attribute {CHILD!r} of its own, which is where adapters would go",
-            hint="rename it, or leave the module out with except:",
-        )
+    if not isinstance(module.__dict__["_modules"].get(CHILD), (Bank, Banks)):
+        check_name(module, path, CHILD, what="adapters", leave_out="the module")
 
 
 def attach(module: nn.Module, place: Place, bank: Bank) -> None:
