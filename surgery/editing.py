@@ -195,7 +195,8 @@ def _revert(model: nn.Module, operation: Operation, shared: dict[str, Any]) -> N
         passes[edit.rule].revert(model, edit, context)
     parameters = dict(named_parameters(model))
     for name in operation.frozen:
-        parameters[name].requires_grad_(True)
+        if name in parameters:  # else an edit whose log was forged had added it, and it is gone
+            parameters[name].requires_grad_(True)
 
 
 def _takeback(

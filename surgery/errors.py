@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+# A message names what a file says, and a file of somebody else may say megabytes.
+_LONGEST = 8000
+_HEAD, _TAIL = 6000, 1500
+
 
 class SurgeryError(Exception):
     """Base of every error raised on purpose.
@@ -22,8 +26,8 @@ class SurgeryError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message, hint)
-        self.message = message
+        super().__init__(_bounded(message), hint)
+        self.message = _bounded(message)
         self.hint = hint
 
     def __str__(self) -> str:
@@ -34,6 +38,12 @@ class SurgeryError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The keyword-only fields live in __dict__, which pickle restores as the state.
         return (type(self), (self.message,), self.__dict__)
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_HEAD]} [...{len(text) - _HEAD - _TAIL} characters...] {text[-_TAIL:]}"
 
 
 class RuleError(SurgeryError):

@@ -75,6 +75,14 @@ def test_a_list_is_no_object() -> None:
         documents.parse_object(b"[]", "x", error=DataError)
 
 
+def test_a_message_is_bounded() -> None:
+    """Whatever it quotes; its beginning and its end stay."""
+    text = str(CheckpointError("first " + "x" * 10_000_000 + " last", hint="do this"))
+    assert len(text) < 9000
+    assert text.startswith("first x")
+    assert text.endswith(" last\n  hint: do this")
+
+
 def large(folder: Path) -> Path:
     path = folder / "large"
     with path.open("wb") as file:
