@@ -26,8 +26,9 @@ from surgery.errors import ExportError
 from surgery.exporting.agreement import Agreement
 from surgery.exporting.base import Format
 from surgery.exporting.code import apart
+from surgery.exporting.code.literals import calls, literal
 from surgery.exporting.code.rewrites import obstacle, rewrites_of
-from surgery.exporting.code.text import Code, calls, literal
+from surgery.exporting.code.text import Code
 from surgery.exporting.provenance import NAME
 from surgery.exporting.weights import SHARD, write_weights
 from surgery.record import Record, record_of

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from surgery.capture.graft import stock_class
+from surgery.exporting.code.literals import identifier, literal
 from surgery.exporting.code.rewrites import Rewrites, obstacle
-from surgery.exporting.code.text import Code, identifier, literal
+from surgery.exporting.code.text import Code
 from surgery.passes.hosts import CHILD, Bank
 from surgery.sources.libraries import library_of, require
 

@@ -18,8 +18,9 @@ from architectures import adapters, shortcuts
 from architectures.shortcuts import kernels
 from surgery.exporting.code import runtime
 from surgery.exporting.code.inline import Inlined, is_copied
+from surgery.exporting.code.literals import identifier, literal
 from surgery.exporting.code.rewrites import Adapted, Rewired, Rewrites, rewrites_of
-from surgery.exporting.code.text import Code, identifier, literal
+from surgery.exporting.code.text import Code
 from surgery.passes.streams import Stream
 from tests.exporting import models
 

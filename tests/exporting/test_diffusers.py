@@ -12,8 +12,9 @@ import torch
 
 import surgery
 from surgery.exporting import outputs
-from surgery.sources import Example
+from surgery.sources import Example, infer_example
 from tests.exporting import models
+from tests.exporting.together import Together
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -62,3 +63,21 @@ def test_a_pipeline_takes_what_was_loaded(tmp_path: Path) -> None:
     }
     wanted = outputs(model, Example((), call))["sample"].double().abs().sum()
     assert float(ran.stdout.splitlines()[-1]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_adapters_that_are_not_merged_are_trained_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Together(tmp_path, monkeypatch)  # loaded below
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path))
+    model = models.adapted(models.stock("dit"))
+    given = {"format": "diffusers", "max_shard_size": "20KB"}
+    done = surgery.export(model, tmp_path / "out", **given)
+    assert "diffusion_pytorch_model.safetensors.index.json" in done.files
+    component = diffusers.AutoModel.from_pretrained(str(tmp_path / "out"), trust_remote_code=True)
+    call = infer_example(model)
+    torch.testing.assert_close(
+        outputs(component.eval(), call), outputs(model, call), rtol=1e-4, atol=1e-5
+    )
+    trained = {name for name, each in component.named_parameters() if each.requires_grad}
+    assert trained == {name for name, each in model.named_parameters() if each.requires_grad}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import dataclasses
 import inspect
 import re
 import textwrap
@@ -18,23 +17,20 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from architectures.adapters import Adapter, Sliced
-from architectures.adapters import Method as AdapterMethod
 from surgery.errors import ExportError
+from surgery.exporting.code.banks import ADAPTING, attaching
 from surgery.exporting.code.inline import Inlined, is_copied
+from surgery.exporting.code.literals import identifier, literal
 from surgery.exporting.code.rewrites import (
-    Adapted,
     Method,
     Reclassed,
     Rewired,
     Rewrites,
     topology_of,
 )
-from surgery.passes.hosts import Bank
 from surgery.passes.streams import Fixed
 
 _RUNTIME = "surgery.exporting.code.runtime"
-_ADAPTING = "surgery.exporting.code.adapting"
 #: What reads adapters → its class in a generated file, and the class right above which it stands;
 #: None where it comes before the layer's own class.
 _HOSTS: dict[str, tuple[str, type[nn.Module] | None]] = {
@@ -65,7 +61,7 @@ class Code:
         self.inlined = Inlined()
         self._records = records
         for name in ("Bank", "bank_of"):
-            self.inlined.instead[f"surgery.passes.hosts.bank:{name}"] = _ADAPTING
+            self.inlined.instead[f"surgery.passes.hosts.bank:{name}"] = ADAPTING
         if records:
             self.inlined.instead[f"{_RUNTIME}:recorded"] = _RECORDING
         self.rewrites = rewrites
@@ -128,7 +124,7 @@ class Code:
         """The statement that lets only the adapters be trained; none if all of it was trained."""
         if self.rewrites.trained is None:
             return []
-        self.inlined.add(_ADAPTING, "train_adapters")
+        self.inlined.add(ADAPTING, "train_adapters")
         return [f"train_adapters({model}, {literal(tuple(sorted(self.rewrites.trained)))})"]
 
     def assembled(self, docstring: str, *parts: str) -> str:
@@ -162,52 +158,15 @@ class Code:
 
     def _attached(self, classes: Mapping[str, str]) -> Iterator[str]:
         """Put adapters beside weights, those of one form in one loop, and the class over layers."""
-        if self.rewrites.adapted:
-            self.inlined.add(_ADAPTING, "attach")
-            self.inlined.add(_ADAPTING, "Bank")
-            self.inlined.add("architectures.adapters", "Matrix")
-        forms = ((self._bank(one, classes), one.paths[0]) for one in self.rewrites.adapted)
-        for bank, paths in _grouped(forms):
-            yield from _for_each(paths, bank.splitlines())
-
-    def _bank(self, one: Adapted, classes: Mapping[str, str]) -> str:
-        """The statements that make the adapters of ``layer`` and attach them."""
-        bank = one.bank
-        matrix = ", ".join(
-            f"{name}={literal(getattr(bank.matrix, name))}"
-            for name in ("shape", "stack", "rows", "columns", "transposed")
-        )
-        lines = [f"matrix = Matrix({matrix})", "adapters = {"]
-        for name, adapter in bank.adapters.items():
-            lines.append(f"    {literal(name)}: {self._adapter(adapter, bank)},")
-        parameter = literal(bank.parameter)
-        where = f", {parameter}" if one.bare else ""
-        made = f"Bank(matrix, {parameter}, adapters, {literal(bank.active)})"
-        lines += ["}", f"attach(layer, {made}{where})"]
-        if not one.bare and one.paths[0] in classes:
-            lines.append(f"layer.__class__ = {classes[one.paths[0]]}")
-        return "\n".join(lines)
-
-    def _adapter(self, adapter: Adapter, bank: Bank) -> str:
-        if not isinstance(adapter, Sliced):
-            return self._adapter_method(cast("AdapterMethod", adapter), "matrix")
-        self.inlined.add("architectures.adapters", "Sliced")
-        parts: list[str] = []
-        for name, (ranges, method) in adapter.parts.items():
-            rows = sum(stop - start for start, stop in ranges)
-            matrix = f"Matrix.of(({rows}, {bank.matrix.columns}), stacked=False)"
-            text = self._adapter_method(method, matrix)
-            parts.append(f"{literal(name)}: ({literal(ranges)}, {text})")
-        return f"Sliced({{{', '.join(parts)}}}, {adapter.rows})"
-
-    def _adapter_method(self, method: AdapterMethod, matrix: str) -> str:
-        cls = type(method)
-        self.inlined.add(cls.__module__, cls.__name__)
-        name = identifier(cls.__name__)
-        given = {"rank": method.rank, "scaling": method.scaling, "dropout": method.dropout}
-        options = dataclasses.asdict(method.options)
-        made = f", options={name}.Options({calls(options.items())})" if options else ""
-        return f"{name}({matrix}, {calls(given.items())}{made})"
+        forms: list[tuple[str, str]] = []
+        for one in self.rewrites.adapted:
+            path = one.paths[0]
+            statements = attaching(one, self.inlined)
+            if not one.bare and path in classes:
+                statements.append(f"layer.__class__ = {classes[path]}")
+            forms.append(("\n".join(statements), path))
+        for text, paths in _grouped(forms):
+            yield from _for_each(paths, text.splitlines())
 
     def _sharing(self) -> Iterator[str]:
         """Put modules in the place of others, too."""
@@ -227,7 +186,7 @@ class Code:
             return self._classes[key]
         host, above = _HOSTS[one.host] if one.host else ("", None)
         if host:
-            self.inlined.add(_ADAPTING, host)
+            self.inlined.add(ADAPTING, host)
         if above is one.base and not one.holder and not one.methods:
             self._classes[key] = host
             return host
@@ -351,38 +310,6 @@ def _for_each(paths: list[str], statements: list[str]) -> Iterator[str]:
     yield "    ):"
     yield "        layer = model.get_submodule(path)"
     yield from (2 * _INDENT + each for each in statements)
-
-
-def literal(value: object) -> str:
-    """A value as a Python literal.
-
-    Raises:
-        ExportError: it is none.
-    """
-    text = repr(value)
-    try:
-        same = ast.literal_eval(text) == value
-    except (ValueError, SyntaxError):
-        same = False
-    if not same:
-        raise ExportError(f"{text[:80]} cannot be written into a Python file")
-    return text
-
-
-def identifier(name: str) -> str:
-    """A name that may stand in code.
-
-    Raises:
-        ExportError: it may not.
-    """
-    if not name.isidentifier() or not name.isascii():
-        raise ExportError(f"{name!r} is no name that can be written into a Python file")
-    return name
-
-
-def calls(parts: Iterable[tuple[str, object]]) -> str:
-    """Keyword arguments of a call, as text."""
-    return ", ".join(f"{identifier(name)}={literal(value)}" for name, value in parts)
 
 
 def _check_names(one: Reclassed, method: Method, tree: ast.Module) -> None:
