@@ -15,7 +15,7 @@ from surgery.train import checkpoints
 from surgery.train.engine import engine
 from surgery.train.run import Pretraining, assembled, pretrain
 from surgery.train.statistics import unrecorded
-from tests.train import tiny
+from tests.train import parts, tiny
 
 VASSO = 'train.sharpness={"name": "vasso", "rho": 0.05, "theta": 0.5}'
 SAM = 'train.sharpness={"name": "sam", "rho": 0.05}'
@@ -152,6 +152,30 @@ def test_dropout_masks_of_both_passes_are_the_same(tmp_path: Path):
             loop._step(step)
     assert len(drawn) == 4
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+
+
+def train(out: Path, overrides: tuple[str, ...], resume: bool = False) -> None:
+    """One rank of a run."""
+    pretrain(tiny.digits(VASSO, *overrides), out=out, resume=resume)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_ranks_climb_the_same_way(parallel: str, tmp_path: Path):
+    """Two ranks that accumulate give the curve of one, and go on from a checkpoint in every bit."""
+    overrides = (f'train.parallel="{parallel}"', "train.accumulate=2", "checkpoint.keep=3")
+    alone, both, again = (tmp_path / name for name in ("alone", "both", "again"))
+    pretrain(tiny.digits(VASSO, "train.accumulate=2"), out=alone)
+    assert parts.finish(parts.start_ranks(2, train, both, overrides)) == [0, 0]
+    # Sums of two ranks are added in another order, which eight steps of Adam grow.
+    assert tiny.losses(both) == pytest.approx(tiny.losses(alone), rel=1e-4)
+    shutil.copytree(both, again)
+    shutil.rmtree(again / "model")
+    for path in checkpoints.complete(again / "checkpoints"):
+        if path.name != "step-000003":
+            shutil.rmtree(path)
+    assert parts.finish(parts.start_ranks(2, train, again, overrides, True)) == [0, 0]
+    assert tiny.log(again) == tiny.log(both)
+    assert same_weights(again, both)
 
 
 def test_scaled_losses_are_refused():

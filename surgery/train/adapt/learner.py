@@ -81,6 +81,7 @@ class Learner:
         device, dtype = placement(model)
         self.model = model
         self.config = config
+        self.extra: dict[str, nn.Parameter] = {}
         self._facts = facts
         self.names = _names(model, config.inner.where)
         self.estimator = build_estimator(config.estimator)
@@ -99,11 +100,10 @@ class Learner:
     def meta(self) -> Meta:
         """What is meta-learned, as it is now, without gradients."""
         parameters = dict(named_parameters(self.model))
-        extra: dict[str, nn.Parameter] = vars(self).get("extra", {})
         return Meta(
             {name: parameters[name].detach() for name in self.names.adapted},
             {name: parameters[name].detach() for name in self.names.others},
-            {name: value.detach() for name, value in extra.items()},
+            {name: value.detach() for name, value in self.extra.items()},
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -138,10 +138,8 @@ class Learner:
 
         def measure(task: Task) -> Tensor:
             states = self.estimator.adapted(self.problem, meta, task.support, max(wanted))
-            return torch.cat(
-                [self.target.measured(self._predicted(meta, states[k], task), task.query)
-                 for k in wanted]
-            )  # fmt: skip
+            found = (self.predicted(meta, states[k], task) for k in wanted)
+            return torch.cat([self.target.measured(each, task.query) for each in found])
 
         with torch.no_grad(), self.mode(training=False):
             if self.config.inner.parallel == "vmap":
@@ -177,7 +175,9 @@ class Learner:
             )
         return Adapted(self, meta, state)
 
-    def _predicted(self, meta: Meta, state: Tensors, task: Task) -> Tensor:
+    def predicted(self, meta: Meta, state: Tensors, task: Task) -> Tensor:
+        """Predictions of an adapted state for a task's query set; within ``mode``."""
+
         def predict(values: Tensors) -> Tensor:
             return self.target.predict(bound(self.model, values), task.query)
 
@@ -292,7 +292,7 @@ class Adapted:
         device, dtype = placement(learner.model)
         given = _cast({name: tensor.to(device) for name, tensor in samples.items()}, dtype)
         with torch.no_grad(), learner.mode(training=False):
-            return learner._predicted(self.meta, self.state, Task({}, given))  # pyright: ignore[reportPrivateUsage]
+            return learner.predicted(self.meta, self.state, Task({}, given))
 
 
 def build_estimator(section: EstimatorConfig) -> Estimator:
