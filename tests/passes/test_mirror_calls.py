@@ -333,12 +333,12 @@ def _rank(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def _wrapped(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def _wrapped(model: nn.Module, name: str) -> Iterator[Any]:
     model.zero_grad()
     yield DistributedDataParallel(copy.deepcopy(model))
     mesh = init_device_mesh("cpu", (2,))
     if name == SEPARATE:
-        blocks = copy.deepcopy(model)
+        blocks: Any = copy.deepcopy(model)
         for block in blocks.blocks:
             fully_shard(block, mesh=mesh)
         yield fully_shard(blocks, mesh=mesh)
