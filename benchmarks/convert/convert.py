@@ -7,9 +7,10 @@ every linear layer in PEFT's format. In turns, each in a process of its own:
 - convert: merge the adapter, same dtype;
 - convert: cast to float16, same bytes.
 
-Hashing and verification are timed apart: in the runs that are compared with ``cp`` the benchmark
-leaves them out, and one further run of each has them in. Growth of the resident memory is the
-highest resident size during the conversion over that after all imports, from the kernel.
+The source is taken out of the page cache before each. Hashing and verification are timed apart: in
+the runs that are compared with ``cp`` the benchmark leaves them out, and one further run of each
+has them in. Growth of the resident memory is the highest resident size during the conversion over
+that after all imports, from the kernel.
 
 PEFT's own merge (load, ``merge_and_unload``, ``save_pretrained``) holds the model in memory; it is
 compared on a smaller checkpoint (``--peft-gb``), in the same run, beside ours on the same one.
@@ -213,6 +214,15 @@ def apart(task: str, folder: Path, out: Path, *, hashing: bool, threads: int) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def cold(folder: Path) -> None:
+    """Take the source out of the page cache, so that every case reads it from the disk."""
+    os.sync()
+    for each in folder.iterdir():
+        handle = os.open(each, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
 def measured(
     folder: Path, cases: Mapping[str, Callable[[Path], dict[str, Any]]], rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
@@ -221,7 +231,7 @@ def measured(
     for _ in range(rounds):
         for name, case in cases.items():
             out = folder / "out"
-            os.sync()
+            cold(folder / "source")
             found[name].append(case(out))
             print(name, found[name][-1], file=sys.stderr, flush=True)
             shutil.rmtree(out)

@@ -123,9 +123,16 @@ class Rows(Job):
         buffer = torch.empty((min(step, rows), self.columns), dtype=slot.dtype)
         row_in = self.columns * slot.dtype.itemsize
         row_out = self.columns * self.dtype.itemsize
+        asked = slot.start
         for first in range(0, rows, step):
+            at = slot.start + first * row_in
+            if at >= asked:
+                # One stretch is read by the disk while the one before it is worked on.
+                ahead = min(at + 2 * streams.AHEAD, slot.end)
+                streams.expect(source, asked, ahead - asked)
+                asked = at + streams.AHEAD
             part = buffer[: min(step, rows - first)]
-            streams.read(source, part, slot.start + first * row_in, self.located.file)
+            streams.read(source, part, at, self.located.file)
             made = part if self.change is None else self.change(part, first)
             data = streams.view(cast_to(made, self.dtype).contiguous())
             streams.write(target, data, self.spot.start + first * row_out)

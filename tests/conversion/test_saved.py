@@ -71,7 +71,7 @@ CASES: dict[str, tuple[str, list[Rule], dict[str, Any]]] = {
     "diffusers": (
         DIT,
         [Rule(LowRank(rank=2), where=Role("attention.qkv"))],
-        {"max_shard_size": "50KB"},
+        {"max_shard_size": "50KB", "dtype": "bfloat16"},
     ),
 }
 
