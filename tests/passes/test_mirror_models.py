@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery import CreatedBy, Freeze, LowRank, Mirror, Recipe, Rule, Type, mirrors, shipped
+from surgery import (
+    CreatedBy,
+    Freeze,
+    LowRank,
+    Mirror,
+    Recipe,
+    Role,
+    Rule,
+    Shortcuts,
+    Type,
+    mirrors,
+    shipped,
+)
 from surgery import Path as At
 from surgery.errors import ExportError
 from surgery.sources import Example
@@ -173,3 +185,16 @@ def test_adapters_of_a_diffusion_model() -> None:
         name for name, p in model.named_parameters() if p.grad is not None and "mirror" in name
     ]
     assert len(reached) == sum(len(each.map_parameters) for each in mirrors.attached(model))
+
+
+def test_roles_are_found_in_a_mapped_model() -> None:
+    model, example = zoo.build("timm_vit")
+    lora = Rule(LowRank(rank=2), where=Role("attention.qkv"))
+    expected = [edit.site for edit in surgery.plan(model, lora, example=example).edits]
+    before = call(model, example)
+    everywhere = Rule(Mirror(map="block_iaf"), where=Role("attention.qkv", "norm"))
+    surgery.apply(model, everywhere, example=example)
+    assert [edit.site for edit in surgery.plan(model, lora, example=example).edits] == expected
+    surgery.apply(model, [lora, Rule(Shortcuts(init="identity"))], example=example)
+    assert same(call(model, example), before)
+    surgery.verify(model, example).check()
