@@ -158,3 +158,13 @@ def test_exports_are_of_frozen_maps(format: str, tmp_path: Path) -> None:  # noq
     model = surgery.apply(net(Blocks), rules)
     with pytest.raises(ExportError, match="mirror"):
         surgery.export(model, tmp_path / "out", format=format, example=vectors())
+
+
+def test_a_compiled_program_computes_the_map(tmp_path: Path) -> None:
+    model = surgery.apply(net(Blocks), Rule(Mirror(map="legendre"), where=Type("LayerNorm")))
+    randomise(model)
+    x = vectors()
+    surgery.export(model, tmp_path / "out", format="torch_export", example=x)
+    program = torch.export.load(next((tmp_path / "out").glob("*.pt2")))
+    (found,) = program.module()(x).values()
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
