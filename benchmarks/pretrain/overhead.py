@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import Ratio, Timings, as_data, interleave, report, table
+from harness import Ratio, as_data, both_clocks, report, table
 from throughput import PLAIN, ours
 
 from surgery import shipped
@@ -70,32 +69,25 @@ def configured(name: str, case: Case) -> PretrainConfig:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    cpu: dict[str, list[float]] = {}
     with ExitStack() as stack:
         cases: dict[str, Callable[[], None]] = {}
         for side, name in (("plain", case.config), ("ancre", f"{case.config}-ancre")):
             loop, _ = stack.enter_context(ours(configured(name, case)))
-            cpu[side] = []
-            cases[side] = turn(loop, case.steps, cpu[side])
-        interleave(cases, rounds=1, warmup=1)
-        for seconds in cpu.values():
-            seconds.clear()
-        wall = interleave(cases, rounds=rounds, warmup=0)
+            cases[side] = turn(loop, case.steps)
+        wall, cpu = both_clocks(cases, rounds=rounds, warmup=2)
     return {
         "wall": wall.ratio("ancre", "plain"),
-        "cpu": Timings(cpu).ratio("ancre", "plain"),
+        "cpu": cpu.ratio("ancre", "plain"),
         "step": wall.median("plain") / case.steps,
     }
 
 
-def turn(loop: Any, steps: int, seconds: list[float]) -> Callable[[], None]:
+def turn(loop: Any, steps: int) -> Callable[[], None]:
     number = itertools.count(1)
 
     def call() -> None:
-        start = time.process_time()
         for _ in range(steps):
             loop.advance(next(number))
-        seconds.append(time.process_time() - start)
 
     return call
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import Ratio, Timings, as_data, interleave, report, table
+from harness import Ratio, as_data, both_clocks, interleave, report, table
 from study import started
 
 from surgery import shipped
@@ -147,16 +147,6 @@ def ours(config: PretrainConfig) -> Iterator[tuple[Loop, Waiting]]:
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     config = configured(name)
-    cpu: dict[str, list[float]] = {"ours": [], "bare": []}
-
-    def counted(case: str, work: Callable[[], object]) -> Callable[[], None]:
-        def call() -> None:
-            start = time.process_time()
-            work()
-            cpu[case].append(time.process_time() - start)
-
-        return call
-
     with ours(config) as (loop, waiting):
         step = itertools.count(1)
         bare = Bare(config)
@@ -165,19 +155,13 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             for _ in range(STEPS):
                 loop.advance(next(step))
 
-        def forget() -> None:
-            waiting.seconds = 0.0
-
-        cases = {"ours": counted("ours", advance), "bare": counted("bare", bare.steps)}
+        cases: dict[str, Callable[[], object]] = {"ours": advance, "bare": bare.steps}
         interleave(cases, rounds=1, warmup=1)
-        forget()
-        for found in cpu.values():
-            found.clear()
-        wall = interleave(cases, rounds=rounds, warmup=0)
-    seconds = Timings(cpu)
+        waiting.seconds = 0.0
+        wall, cpu = both_clocks(cases, rounds=rounds, warmup=0)
     return {
         "wall": wall.ratio("bare", "ours"),
-        "cpu": seconds.ratio("bare", "ours"),
+        "cpu": cpu.ratio("bare", "ours"),
         "data": waiting.seconds / sum(wall.seconds["ours"]),
         "step": wall.median("ours") / STEPS,
     }
