@@ -115,10 +115,10 @@ def _kept(cls: type, rewrites: Rewrites) -> list[str]:
     return sorted({*map(str, inherited), *inserted})
 
 
-def _is_wider(bank: Bank, weight: torch.dtype) -> bool:
+def _is_wider(bank: Bank, weight: torch.dtype | None) -> bool:
     """Whether adapters are float32 beside a weight of half precision."""
     found = {parameter.dtype for parameter in bank.parameters()}
-    return weight.itemsize < 4 and torch.float32 in found
+    return weight is not None and weight.itemsize < 4 and torch.float32 in found
 
 
 def _training(code: Code) -> list[str]:

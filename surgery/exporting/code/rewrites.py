@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from architectures.shortcuts import Topology
 from surgery.capture.graft import grafts, stock_class
@@ -25,7 +25,7 @@ from surgery.passes.streams.holders import DictHolder, ListHolder
 from surgery.record import Edit, Record, record_of
 from surgery.save_guard import GuardedModel, GuardedPart, not_baked
 from surgery.sources import describe, rebuild
-from surgery.tree import children, joined, named_modules, named_parameters
+from surgery.tree import children, joined, named_modules, named_parameters, own_parameters
 
 _HOLDERS = {ListHolder: "LayerList", DictHolder: "LayerDict"}
 _HOSTS = {host: name for name, host in HOSTS.items()}
@@ -92,13 +92,13 @@ class Adapted:
         paths: Of the layers that have it, the first in the order of the state dict.
         bank: Its adapters.
         bare: Whether the layer has several weights.
-        dtype: Of the weight.
+        dtype: Of the weight; None if the layer holds it in a way of its own.
     """
 
     paths: tuple[str, ...]
     bank: Bank
     bare: bool
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def places(self) -> tuple[str, ...]:
         """Where the bank is, under each layer."""
@@ -183,7 +183,9 @@ def _adapted(model: nn.Module) -> Iterator[Adapted]:
         for bank, bare in _banks(module):
             known = found.get(id(bank))
             paths = (path,) if known is None else (*known.paths, path)
-            dtype = cast("Tensor", getattr(module, bank.parameter)).dtype
+            # Not by its name: a layer that is read through its weight would form the changed one.
+            weight = own_parameters(module).get(bank.parameter)
+            dtype = None if weight is None else weight.dtype
             found[id(bank)] = Adapted(paths, bank, bare, dtype)
     return iter(found.values())
 
