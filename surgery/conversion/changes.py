@@ -72,11 +72,9 @@ class Merge:
         changed = weight.to(wide, copy=True)
         for factors, (adapter, share) in zip(self._factors, self.adding, strict=True):
             for left, right, at in _pieces(factors, first, len(weight), self._rows_each):
-                delta = left.to(wide) @ right.to(wide)
-                delta.mul_(adapter.scaling)
-                if share != 1:
-                    delta.mul_(share)
-                changed[at : at + len(delta)].add_(delta)
+                # In one pass, which rounds once less than a product that is scaled and added.
+                alpha = adapter.scaling * share
+                changed[at : at + len(left)].addmm_(left.to(wide), right.to(wide), alpha=alpha)
         return changed
 
     @property
