@@ -91,8 +91,7 @@ class Ascent:
     def _directions(self) -> dict[nn.Parameter, Tensor]:
         """Those of this step, in the parameters' order."""
         found: dict[nn.Parameter, Tensor] = {}
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        for parameter in (p for group in groups for p in group["params"]):
+        for parameter in self._parameters():
             gradient: Tensor | None = parameter.grad
             last: Tensor | None = self._optimizer.state[parameter].get(STATE)
             if gradient is None and last is None:
@@ -110,13 +109,21 @@ class Ascent:
         return torch.zeros_like(like) if last is None else last
 
     def _stepped(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        """Keep d. Not before: an empty state is what tells an optimizer to make its own."""
-        if self._theta < 1:
-            for parameter, direction in self._next.items():
-                state = optimizer.state[parameter]
-                if state or parameter.grad is not None:
-                    state[STATE] = direction
+        """Keep d. Not before: an empty state is what tells an optimizer to make its own.
+
+        A step without an ascent is what torch's sharded checkpoints make of a new optimizer, to
+        learn what its state holds: d is then there to be loaded into.
+        """
+        for parameter in self._parameters() if self._theta < 1 else ():
+            state = optimizer.state[parameter]
+            if state or parameter.grad is not None:
+                found = self._next.get(parameter, state.get(STATE))
+                state[STATE] = torch.zeros_like(parameter) if found is None else found
         self._next = {}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
