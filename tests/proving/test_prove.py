@@ -54,6 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
     rewired = surgery.apply(load(), Rule(Shortcuts(topology="ancre"), id="s"), example=example)
     surgery.save(rewired, root / "rewired")
     surgery.save(load().bfloat16(), root / "cast")
+    surgery.convert(root / "stock", None, root / "converted", adapter=root / "adapter")
     return root
 
 
@@ -67,6 +68,7 @@ CASES: dict[str, tuple[str, str, str | None, set[str]]] = {
     "saved while merged": ("merged-saved", "stock", None, {"equal", "merged", "new", "built"}),
     "rewired": ("rewired", "stock", None, {"equal", "new", "built"}),
     "cast": ("cast", "stock", None, {"cast", "built"}),
+    "a conversion": ("converted", "stock", "adapter", {"equal", "merged"}),
     "a saved model and itself": ("pissa", "pissa", None, {"equal", "built"}),
 }
 
