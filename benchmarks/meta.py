@@ -106,8 +106,13 @@ def main() -> None:
     report("meta", _table(found), {"models": found, "met": _met(found)})
 
 
-def _met(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
-    return {name: sum(one["seconds"].values()) <= LIMIT_SECONDS for name, one in found.items()}
+def _met(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, bool]]:
+    """By either clock: the wall's is that of whatever else the machine does too."""
+    clocks = ("seconds", "cpu_seconds")
+    return {
+        name: {clock: sum(one[clock].values()) <= LIMIT_SECONDS for clock in clocks}
+        for name, one in found.items()
+    }
 
 
 def _table(found: dict[str, dict[str, Any]]) -> str:
