@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery import LowRank, Path, Rule, Type
@@ -280,6 +281,31 @@ def test_forwards_run_while_another_thread_applies_and_undoes() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 6), torch.ones(2, 4)),
+        (Conv1D(6, 4), torch.ones(2, 4)),
+        (nn.Conv1d(4, 6, 3), torch.ones(2, 4, 5)),
+        (nn.Conv2d(4, 6, 3), torch.ones(2, 4, 5, 5)),
+        (nn.Embedding(4, 6), torch.arange(4)),
+        (nn.MultiheadAttention(4, 2), (torch.ones(2, 1, 4),) * 3),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, nn.Module) else "",
+)
+def test_a_forward_that_has_begun_outlives_the_class_it_belongs_to(
+    layer: nn.Module, x: Any
+) -> None:
+    model = nn.ModuleDict({"layer": layer.eval()})
+    given = x if isinstance(x, tuple) else (x,)
+    wanted = layer(*given)
+    surgery.apply(model, Rule(LowRank(rank=2), where=Path("**")))
+    begun = type(layer).forward
+    assert begun.__qualname__ != f"{type(layer).__name__}.forward"
+    surgery.undo(model)
+    torch.testing.assert_close(begun(layer, *given), wanted, rtol=0, atol=0)
 
 
 def test_global_random_generator_is_untouched() -> None:

@@ -35,12 +35,12 @@ class _ConvHost(_Conv):
         """Maps x (batch, in, *positions) to (batch, out, *positions); the batch may be missing."""
         bank = bank_of(self)
         if bank is None:
-            return super().forward(input)
+            return _stock(self, input)
         counting = bank.counting()
         if is_cheaper_folded(self, counting):
             weight = changed_weight(bank, self.weight)
             return self._conv_forward(input, weight, self.bias)
-        output = with_convolutions(self, bank, counting, input, super().forward(input))
+        output = with_convolutions(self, bank, counting, input, _stock(self, input))
         return bank.seal(output, input)
 
 
@@ -54,6 +54,12 @@ class Conv2dHost(_ConvHost, nn.Conv2d):
 
 class Conv3dHost(_ConvHost, nn.Conv3d):
     """An ``nn.Conv3d`` with adapters. Stands right above it among its class's ancestors."""
+
+
+def _stock(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    # What super().forward is. Another thread may take the adapters, and with them the host's class,
+    # away meanwhile, and super() would find that the layer is no instance of it any more.
+    return layer._conv_forward(x, layer.weight, layer.bias)  # pyright: ignore[reportPrivateUsage]
 
 
 def with_convolutions(
