@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,12 +88,19 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     if not args.page:
+        warm_up()
         for problem in args.only:
             for seed in args.seeds:
                 for method in METHODS:
                     measure(problem, method, seed, args.steps)
     if args.steps is None:
         write_page()
+
+
+def warm_up() -> None:
+    """A run of two steps here: forks then find everything imported, and do not measure that."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapt(configuration("sinusoid-5", "MAML", 0, 2), out=Path(folder) / "run")
 
 
 def measure(problem: str, method: str, seed: int, steps: int | None) -> None:
