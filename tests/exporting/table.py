@@ -41,7 +41,8 @@ relative to the largest value of its tensor, as the consumer of the format compu
 
 `code` is the format of readable code: `transformers`, `diffusers`, or `python` for timm. It,
 `torch_export` and `onnx` hold learned shortcuts between blocks and adapters that are not merged;
-`peft`, `merged` and `diffusers_lora` adapters alone.
+`peft`, `merged` and `diffusers_lora` adapters alone. An empty cell was not run. torch.export and
+ONNX of the same families, with shortcuts, are also rows of the survival table.
 
 """
 
@@ -52,7 +53,7 @@ def rewritten(subject: Subject, *, adapters_alone: bool) -> nn.Module:
     if not adapters_alone:
         shortcuts = surgery.Rule(surgery.Shortcuts(), where=surgery.Stack("all"))
         models.randomise(surgery.apply(model, shortcuts, example=example))
-    where = surgery.Role(["attention", "mlp"]) if adapters_alone else None
+    where = surgery.Role(["attention", "mlp", "conv"]) if adapters_alone else None
     surgery.apply(model, surgery.Rule(surgery.LowRank(rank=2), where=where), example=example)
     return models.stirred(model)
 
