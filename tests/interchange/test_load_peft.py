@@ -351,7 +351,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     "a negative alpha": ({"lora_alpha": -1}, "lora_alpha"),
     "an alpha that is no number": ({"lora_alpha": "large"}, "lora_alpha"),
-    "an infinite alpha": ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern"),
+    "an infinite alpha": ({"alpha_pattern": {"q_proj": float("inf")}}, "Infinity is no number"),
     "a pattern that is none": ({"alpha_pattern": {"(": 1}}, "no regular expression"),
     "a pattern that takes for ever": ({"alpha_pattern": {"(a|a)*b": 1}}, "bounded time"),
     "too many repetitions": ({"alpha_pattern": {"a*b*c*d*e": 1}}, "bounded time"),
