@@ -100,7 +100,8 @@ class Values(Target):
 
     def loss(self, predictions: Tensor, samples: Samples) -> Tensor:
         """Mean squared error."""
-        return F.mse_loss(predictions, samples["targets"].to(predictions.dtype))
+        # F.mse_loss cannot be mapped twice where one side is the same for the inner map.
+        return (predictions - samples["targets"].to(predictions.dtype)).square().mean()
 
     def measured(self, predictions: Tensor, samples: Samples) -> Tensor:
         """Mean squared error."""
