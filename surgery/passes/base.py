@@ -126,6 +126,10 @@ class Pass(ABC):
         """
         return False
 
+    def idles(self, model: nn.Module, edit: Edit) -> Iterable[str]:
+        """Names of the tensors of earlier edits that nothing reads while this one is in force."""
+        return ()
+
     def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
         """What the person should think about before applying what was proposed."""
         return ()

@@ -100,11 +100,15 @@ class Freeze(Pass):
     ) -> Iterable[str]:
         """The coefficients that were learned."""
         for edit in edits:
-            if is_baking(edit):
-                continue
-            prefix, segment = edit.payload["segment"], _segment(model, edit)
-            for name, _ in segment.topology.named_parameters():
-                yield f"{prefix}.topology.{name}"
+            yield from self.idles(model, edit)
+
+    def idles(self, model: nn.Module, edit: Edit) -> Iterable[str]:
+        """The coefficients that were learned: constants stand in their place."""
+        if is_baking(edit):
+            return
+        prefix, segment = edit.payload["segment"], _segment(model, edit)
+        for name, _ in segment.topology.named_parameters():
+            yield f"{prefix}.topology.{name}"
 
     def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Raise if the rewired stack is gone, or a map cannot be put back."""

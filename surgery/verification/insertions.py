@@ -52,13 +52,14 @@ class Probe:
             found.unchecked.append(Unchecked(REACH, reason))
             return found
         names = list(self.record.added)
-        trained = [name for name in names if isinstance(tensor_named(model, name), nn.Parameter)]
+        made = [name for name in names if isinstance(tensor_named(model, name), nn.Parameter)]
+        trained = self._without_replaced(found, made, model)
         result = self._randomised(model, trained)
         if result.error is not None:
             reason = f"with random values in them the model raises {result.error!r}"
             found.unchecked.append(Unchecked(REACH, reason))
             return found
-        self._report_buffers(found, len(names) - len(trained))
+        self._report_buffers(found, len(names) - len(made))
         unreached = _unreached(result, trained)
         reached = len(trained) - len(unreached)
         unreached = self._without_idle(found, unreached, result)
@@ -84,6 +85,16 @@ class Probe:
                 _randomise(name, tensor)
                 tensor.requires_grad_(True)
         return run(copied, self.example, training=False, gradients=True)
+
+    def _without_replaced(self, found: Findings, names: list[str], model: nn.Module) -> list[str]:
+        """Set aside what a later edit put constants in the place of."""
+        told = {name for made, edit, _ in in_force(self.record) for name in made.idles(model, edit)}
+        idle = [name for name in names if name in told]
+        if idle:
+            more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+            reason = "a later rewrite put constants in its place"
+            found.unchecked.append(Unchecked(REACH, f"{idle[0]}{more}: {reason}"))
+        return [name for name in names if name not in idle]
 
     def _without_idle(self, found: Findings, names: list[str], result: Run) -> list[str]:
         """Set aside what is connected, and may get a gradient of zero all the same."""

@@ -380,6 +380,19 @@ class TestFreeze:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert any("shortcuts" in name for name in trained)
 
+    def test_verified(self):
+        """The coefficients that constants stand in for are left out, and nothing else is."""
+        model, example = rewired("bert")
+        surgery.apply(model, Rule(surgery.Freeze()), example=example)
+        rule = Rule(surgery.LowRank(rank=2), where=surgery.Role("attention.q"))
+        surgery.apply(model, rule, example=example)
+        report = surgery.verify(model, example)
+        assert report.ok, report
+        rows = {row.check: row for row in report.rows}
+        assert rows["inserted tensors reached by gradient"].detail == "6 of 6"
+        (told,) = [u for u in report.unchecked if "constants in its place" in u.reason]
+        assert told.reason.startswith("encoder.layer.shortcuts.0.topology.")
+
     def test_small_edges_are_dropped_and_the_change_is_told(self):
         model, example = rewired("bert")
         (matrix,) = surgery.shortcuts(model).values()
