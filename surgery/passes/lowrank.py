@@ -157,6 +157,16 @@ class LowRank(Pass):
         return "reads" if self.kind.reads_weight or self.kind.scales_rows else ""
 
     @property
+    def _without_touching(self) -> str:
+        """What to do where the values of the weight must be left alone."""
+        given = self.options
+        rests = {name: {k: v for k, v in given.items() if k != name} for name in given}
+        for name, rest in rests.items():
+            if self._touches and not dataclasses.replace(self, options=rest)._touches:
+                return f"leave {name} out of its options"
+        return "use a method that does not, such as lora"
+
+    @property
     def summary(self) -> str:
         """What is done to a site, in a few words."""
         parts = "" if self.slices is None else f" on {', '.join(self.slices)}"
@@ -469,7 +479,7 @@ class LowRank(Pass):
                 raise RuleError(
                     f"method {self.method!r} {how} the weight, and that of {_label(use)} is "
                     "quantised, parametrised or the dual of a mirror map",
-                    hint="use a method that does not, such as lora",
+                    hint=self._without_touching,
                 )
             if method.scales_rows and use.hosting.host == "embedding":
                 raise RuleError(
@@ -515,7 +525,7 @@ class LowRank(Pass):
             raise Conflict(
                 f"method {self.method!r} {touches} {weight}, which an earlier rule makes the dual "
                 "of a mirror map",
-                hint="use a method that does not, such as lora",
+                hint=self._without_touching,
             )
         planned = [
             method_named(edit.payload["method"])

@@ -464,6 +464,16 @@ def test_quantised_weights_are_refused(method: str) -> None:
         surgery.plan(nn.Sequential(layer), Rule(LowRank(method=method, rank=2)))
 
 
+def test_an_option_that_touches_a_quantised_weight_is_named() -> None:
+    layer = nn.Linear(6, 5)
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    drawn = LowRank(method="reflora", rank=2, options={"re_init": True, "warmup": 0})
+    with pytest.raises(RuleError, match="changes the weight") as refused:
+        surgery.plan(nn.Sequential(layer), Rule(drawn))
+    assert refused.value.hint == "leave re_init out of its options"
+    surgery.plan(nn.Sequential(layer), Rule(LowRank(method="reflora", rank=2)))
+
+
 def test_dora_refuses_an_embedding() -> None:
     with pytest.raises(RuleError, match="scales whole rows, which an embedding"):
         surgery.plan(Fused(), Rule(LowRank(method="dora", rank=2), where=Path("embed")))
