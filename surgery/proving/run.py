@@ -150,6 +150,7 @@ class _Check:
         if source is not None:
             same = _same(name, tensor, source)
             if same is not None:
+                self._consume_if_merged(name, tensor, source)
                 return same
         if rule is not None:
             return self._new(name, tensor, rule, known=source is not None)
@@ -168,6 +169,14 @@ class _Check:
             index = int(gap.argmax())
             worst = f", by up to {float(gap.max()):.3g} at element {index}"
         return Finding(name, "unaccounted", f"differs from the source's{worst}")
+
+    def _consume_if_merged(self, name: str, tensor: Tensor, source: Tensor) -> None:
+        """Adapters that add nothing, as untrained ones, leave no trace where they are merged."""
+        if self.theirs is None:
+            return
+        for verdict, _, made in self.theirs.candidates(name, source, settled=True):
+            if verdict == "merged" and same_bits(tensor, made.to(tensor.dtype)):
+                self.consumed |= self.theirs.consumed(name)
 
     def _source(self, name: str) -> Tensor | None:
         """The source's tensor of a name, whichever of its names the source has."""
@@ -290,7 +299,7 @@ class _Check:
         firsts = {self.given.ties.get(name, name) for name in self.found}
         for name in self.given.stock:
             if self.given.ties.get(name, name) not in firsts and name not in self.consumed:
-                yield Finding(name, "lost")
+                yield Finding(name, "lost", "in the source and nowhere in the result")
 
 
 def _wrong_file(path: Path, size: int, digest: str) -> str | None:

@@ -46,6 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
     pissa = surgery.apply(load(), Rule(LowRank(method="pissa", rank=2), where=LINEAR, id="a"))
     surgery.save(pissa, root / "pissa")
     lora = trained(surgery.apply(load(), Rule(LowRank(rank=2), where=LINEAR, id="a")))
+    fresh = surgery.apply(load(), Rule(LowRank(rank=2), where=LINEAR, id="a"))
+    surgery.save(fresh, root / "fresh")
+    surgery.export(fresh, root / "fresh-merged", format="merged", example=example)
     surgery.save(lora, root / "lora")
     surgery.save(lora, root / "adapter", adapter_only=True)
     surgery.export(lora, root / "merged", format="merged", example=example)
@@ -64,6 +67,7 @@ CASES: dict[str, tuple[str, str, str | None, set[str]]] = {
     "adapters beside": ("lora", "stock", None, {"equal", "new", "built"}),
     "adapters alone": ("adapter", "lora", None, {"equal"}),
     "an export, merged": ("merged", "lora", None, {"equal", "merged"}),
+    "an export, merged before training": ("fresh-merged", "fresh", None, {"equal"}),
     "merged, the adapter apart": ("merged", "stock", "adapter", {"equal", "merged"}),
     "saved while merged": ("merged-saved", "stock", None, {"equal", "merged", "new", "built"}),
     "rewired": ("rewired", "stock", None, {"equal", "new", "built"}),
