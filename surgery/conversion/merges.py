@@ -30,7 +30,14 @@ from surgery.tree import joined, named_modules, own_parameters
 Read = Callable[[str], Tensor]
 
 
-def changes_of(model: nn.Module, folder: Path, read: Read, *, allow_other_base: bool) -> Changes:
+def changes_of(
+    model: nn.Module,
+    folder: Path,
+    read: Read,
+    *,
+    allow_other_base: bool,
+    dtype: torch.dtype | None = None,
+) -> Changes:
     """What merging an adapter changes.
 
     Args:
@@ -38,13 +45,14 @@ def changes_of(model: nn.Module, folder: Path, read: Read, *, allow_other_base: 
         folder: An adapter of PEFT or diffusers, or one that ``surgery.save`` wrote alone.
         read: Reads a stock tensor.
         allow_other_base: Take an adapter that was saved beside other stock weights.
+        dtype: Another dtype that floating stock weights may have had beside the adapter.
 
     Raises:
         CheckpointError: it is no adapter, is damaged, belongs to another model, or cannot be
             merged.
     """
     if (folder / manifest.NAME).is_file() and not (folder / CONFIG).is_file():
-        return _of_surgery(model, folder, read, allow_other_base=allow_other_base)
+        return _of_surgery(model, folder, read, allow_other_base=allow_other_base, dtype=dtype)
     return _of_others(model, folder, read)
 
 
@@ -71,7 +79,14 @@ def _of_others(model: nn.Module, folder: Path, read: Read) -> Changes:
     return Changes(merges, {first.get(n, n): tensor for n, tensor in source.stock.items()})
 
 
-def _of_surgery(model: nn.Module, folder: Path, read: Read, *, allow_other_base: bool) -> Changes:
+def _of_surgery(
+    model: nn.Module,
+    folder: Path,
+    read: Read,
+    *,
+    allow_other_base: bool,
+    dtype: torch.dtype | None,
+) -> Changes:
     saved = manifest.read(folder)
     if saved.kind != "adapter" or saved.base is None:
         raise CheckpointError(
@@ -89,20 +104,29 @@ def _of_surgery(model: nn.Module, folder: Path, read: Read, *, allow_other_base:
             hint="convert with its recipe instead of merging it",
         )
     if not allow_other_base:
-        _check_base(folder, saved.base.tensors, model, read)
+        _check_base(folder, saved.base.tensors, model, read, dtype)
     repeat(model, record, values_follow=True)
     _fill(model, dict(tensors_of(folder, saved.state)))
     return Changes(_merges(model, settling=True))
 
 
-def _check_base(folder: Path, base: Mapping[str, str], model: nn.Module, read: Read) -> None:
+def _check_base(
+    folder: Path,
+    base: Mapping[str, str],
+    model: nn.Module,
+    read: Read,
+    dtype: torch.dtype | None,
+) -> None:
     state = take(model).state
     odd = next(iter(state.keys() ^ base.keys()), None)
     if odd is not None:
         side = "lacks" if odd in state else "knows"
         raise CheckpointError(f"{folder} belongs to another model: it {side} {odd}")
     for name in progress.track(base, "hashing stock weights"):
-        if digest_of(read(name).to(state[name].dtype)) != base[name]:
+        held = state[name].dtype
+        beside = {held, dtype} if dtype is not None and held.is_floating_point else {held}
+        stored = read(name)
+        if all(digest_of(stored.to(each)) != base[name] for each in beside):
             raise CheckpointError(
                 f"the adapter in {folder} was saved beside other values, or another dtype, of "
                 f"{name}",
@@ -115,7 +139,9 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     where = dict(places(model))
     for name, value in values.items():
         present = where[name].tensor
-        where[name].put(like(present, value.to(present.dtype)))
+        # Never a narrower dtype than the file's: a merge rounds once, at its end.
+        wide = torch.promote_types(present.dtype, value.dtype)
+        where[name].put(like(present, value.to(wide)))
 
 
 def _merges(model: nn.Module, *, settling: bool) -> dict[str, Merge]:

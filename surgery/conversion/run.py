@@ -227,22 +227,25 @@ def _stock(
         )
     declared = bool(read_object(config, infinities=True).get("quantization_config"))
 
-    def built() -> nn.Module:
+    def built(dtype: torch.dtype | None) -> nn.Module:
         return skeleton(checkpoint.folder, dtype=dtype, stored_dtype=_stored_dtype(checkpoint))
 
-    model = built()
+    model = built(dtype)
     names = keymap(model, checkpoint)
     quantised = Quantised(checkpoint, declared=declared)
     like = take(model).state
     stock = Stock(checkpoint, names, like, Changes(), quantised)
     if adapter is not None:
         stock.check()
-        # Another model: what adapters leave in the one they are put into is no concern then.
+        # Another model: what adapters leave in the one they are put into is no concern then. It has
+        # the dtypes in which the checkpoint loads, not those of the result: adapters were trained
+        # beside the former.
         changes = changes_of(
-            built(),
+            built(None),
             adapter,
             stock.stored,
             allow_other_base=allow_other_base,
+            dtype=dtype,
         )
         stock = Stock(checkpoint, names, like, changes, quantised)
     stock.check()

@@ -30,8 +30,11 @@ def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def adapted(source: Path, method: str, where: Any) -> nn.Module:
-    model = surgery.apply(surgery.load(source), Rule(LowRank(method=method, rank=2), where=where))
+def adapted(
+    source: Path, method: str, where: Any, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    stock = surgery.load(source, dtype=dtype)
+    model = surgery.apply(stock, Rule(LowRank(method=method, rank=2), where=where))
     with torch.no_grad():
         for parameter in surgery.adapters.parameters(model):
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -91,6 +94,24 @@ def test_saved_adapter_that_split_the_weight(tmp_path: Path) -> None:
         if name in got:
             # W - s B0 A0 + s B A in float32, in chunks.
             torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beside", [torch.float32, torch.bfloat16])
+def test_saved_adapter_is_merged_and_cast_in_one_call(beside: torch.dtype, tmp_path: Path) -> None:
+    source = saved("llama", tmp_path / "source", torch.float32)
+    model = adapted(source, "lora", QKV, dtype=beside)
+    surgery.save(model, tmp_path / "adapter", adapter_only=True)
+    adapter = tmp_path / "adapter"
+    surgery.convert(source, None, tmp_path / "got", adapter=adapter, dtype="bfloat16")
+    surgery.convert(source, None, tmp_path / "wide", adapter=adapter, allow_other_base=True)
+    got, wide = contents(tmp_path / "got"), contents(tmp_path / "wide")
+    assert {tensor.dtype for tensor in got.values()} == {torch.bfloat16}
+    stored = contents(source)
+    assert any(not torch.equal(wide[name], stored[name]) for name in wide)
+    for name, tensor in got.items():
+        # The factors are not rounded before the sum is.
+        assert torch.equal(tensor, wide[name].to(torch.bfloat16)), name
+    assert surgery.prove(tmp_path / "got", against=source, adapter=adapter).ok
 
 
 def test_cast_is_that_of_the_library(tmp_path: Path) -> None:
