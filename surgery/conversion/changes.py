@@ -58,18 +58,20 @@ class Merge:
             changed = changed + share * adapter.change(folded, dtype=wide)
         return self.matrix.unfold(changed)
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
+    def rows(self, weight: Tensor, first: int, room: Tensor) -> Tensor:
         """Some rows of the changed weight, in float32 at least.
 
         Args:
             weight: ``(n, columns)``, rows of the stored weight, those of all matrices of a stack
                 counted on.
             first: The number of the first of them.
+            room: ``(n, columns)``, of the dtype that the weight is added up in; may be what is
+                given back.
         """
         if self._gains or self.settling:
             return self._parts(weight, first)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        changed = weight.to(wide, copy=True)
+        wide = room.dtype
+        changed = room.copy_(weight)
         for factors, (adapter, share) in zip(self._factors, self.adding, strict=True):
             for left, right, at in _pieces(factors, first, len(weight), self._rows_each):
                 # In one pass, which rounds once less than a product that is scaled and added.

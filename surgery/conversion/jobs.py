@@ -87,8 +87,9 @@ class Copy(Job):
         )
 
 
-#: Rows ``(n, columns)`` of a stored tensor and the number of the first → what becomes of them.
-Change = Callable[[Tensor, int], Tensor]
+#: Rows ``(n, columns)`` of a stored tensor, the number of the first, and room of the same shape in
+#: float32 at least → what becomes of them, in that room or elsewhere.
+Change = Callable[[Tensor, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,12 @@ class Rows(Job):
         source, target = desk.source(self.located.file), desk.target(self.spot.file)
         rows = slot.nbytes // slot.dtype.itemsize // self.columns
         step = max(1, _ELEMENTS // self.columns)
-        buffer = torch.empty((min(step, rows), self.columns), dtype=slot.dtype)
+        # One memory for all chunks: the system clears new memory page by page, which costs more
+        # than what is computed in it.
+        shape = (min(step, rows), self.columns)
+        buffer = torch.empty(shape, dtype=slot.dtype)
+        wide = torch.empty(shape, dtype=max(slot.dtype, torch.float32, key=lambda d: d.itemsize))
+        cast = torch.empty(shape, dtype=self.dtype)
         row_in = self.columns * slot.dtype.itemsize
         row_out = self.columns * self.dtype.itemsize
         asked = slot.start
@@ -131,10 +137,14 @@ class Rows(Job):
                 ahead = min(at + 2 * streams.AHEAD, slot.end)
                 streams.expect(source, asked, ahead - asked)
                 asked = at + streams.AHEAD
-            part = buffer[: min(step, rows - first)]
+            count = min(step, rows - first)
+            part, room = buffer[:count], wide[:count]
             streams.read(source, part, at, self.located.file)
-            made = part if self.change is None else self.change(part, first)
-            data = streams.view(cast_to(made, self.dtype).contiguous())
+            if self.change is not None:
+                made = self.change(part, first, room)
+            else:
+                made = room.copy_(part) if _by_way_of_float32(part.dtype, self.dtype) else part
+            data = streams.view(cast[:count].copy_(made))
             streams.write(target, data, self.spot.start + first * row_out)
             desk.advance(len(data))
 
@@ -167,12 +177,9 @@ class Whole(Job):
             desk.advance(len(data))
 
 
-def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype; between the half formats by way of float32, which is faster."""
-    halves = {torch.bfloat16, torch.float16}
-    if tensor.dtype != dtype and {tensor.dtype, dtype} == halves:
-        tensor = tensor.to(torch.float32)
-    return tensor.to(dtype)
+def _by_way_of_float32(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast is faster in two steps: between the half formats it is."""
+    return {source, target} == {torch.bfloat16, torch.float16}
 
 
 def joined(jobs: Iterable[Job]) -> list[Job]:

@@ -278,7 +278,7 @@ def _job(
 
 
 def _counted_on(merge: Merge, first: int) -> Change:
-    return lambda rows, row: merge.rows(rows, first + row)
+    return lambda rows, row, room: merge.rows(rows, first + row, room)
 
 
 def _held(tensor: Tensor, spot: Spot) -> Job:

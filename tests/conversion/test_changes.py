@@ -48,7 +48,11 @@ def weight(matrix: Matrix, dtype: torch.dtype) -> Tensor:
 
 def by_rows(merge: Merge, stored: Tensor, step: int) -> Tensor:
     rows = stored.reshape(-1, merge.columns)
-    parts = [merge.rows(rows[at : at + step], at) for at in range(0, len(rows), step)]
+    room = torch.full(rows[:step].shape, torch.nan)
+    parts: list[Tensor] = []
+    for at in range(0, len(rows), step):
+        part = rows[at : at + step]
+        parts.append(merge.rows(part, at, room[: len(part)]).clone())
     return torch.cat(parts).reshape(stored.shape)
 
 
