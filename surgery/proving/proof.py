@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 #: How a tensor, or a file, of the result is accounted for; the last three are failures.
 Verdict = Literal[
-    "equal", "cast", "merged", "changed", "new", "built", "unaccounted", "lost", "wrong file"
+    "equal",
+    "cast",
+    "merged",
+    "changed",
+    "converted",
+    "new",
+    "built",
+    "unaccounted",
+    "lost",
+    "wrong file",
 ]
 FAILURES: tuple[Verdict, ...] = ("unaccounted", "lost", "wrong file")
 
@@ -24,6 +33,7 @@ _MEANINGS: dict[Verdict, str] = {
     "cast": "the source's in another dtype, bit for bit",
     "merged": "the source's with adapters added, computed again",
     "changed": "the source's as its rule changes it, computed again",
+    "converted": "the source's adapter beside what its start took out, computed again",
     "new": "made by a rule; no source has it",
     "built": "a buffer that no checkpoint holds, as its library builds it",
     "unaccounted": "nothing that is known explains it",
@@ -129,7 +139,9 @@ class Proof:
         whole = Text(f"{self.files} files have the size and the SHA-256 they were written with")
         failures = [Text(f"{e.verdict}: {e.name}: {e.detail}") for e in self.failures[:_SHOWN]]
         left = [Text(f"unchecked: {each}") for each in self.unchecked]
-        said = "everything is accounted for" if self.ok else f"{len(self.failures)} are not"
+        said = (
+            "everything is accounted for" if self.ok else f"{len(self.failures)} not accounted for"
+        )
         style = "green" if self.ok else "bold red"
         return Group(table, whole, *failures, *left, Text(said, style=style))
 

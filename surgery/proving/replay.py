@@ -15,6 +15,9 @@ from surgery.checkpoints.placing import like
 from surgery.conversion.merges import changes_of
 from surgery.conversion.stock import Changes
 from surgery.editing import repeat
+from surgery.interchange.folder import PREFIX
+from surgery.interchange.layers import layers_of, the_adapter
+from surgery.interchange.writing import in_peft
 from surgery.passes.base import ApplyContext, passes_of
 from surgery.passes.hosts.merging import merge_into
 from surgery.passes.lowrank import LowRank
@@ -93,6 +96,20 @@ class Replay:
             yield "merged", f"by rule {rules}", parameter.detach().clone()
         finally:
             where.put(before)
+
+    @cached_property
+    def in_peft(self) -> Mapping[str, Tensor]:
+        """The adapter under PEFT's keys, as an export to it converts it.
+
+        Raises:
+            ExportError: PEFT has no layer that computes the same.
+        """
+        for edit in self._record.edits:
+            self._fill(edit)
+        layers = layers_of(self._model, *the_adapter(self._model, self._adapter))
+        found = in_peft(self._model, layers, trained=False).tensors
+        # What is still on the meta device is of the stock model, and not the adapter's.
+        return {PREFIX + key: tensor for key, tensor in found.items() if not tensor.is_meta}
 
     def _edits(self, name: str) -> Iterator[tuple[LowRank, Edit, ApplyContext]]:
         for operation in self._record.operations:

@@ -16,6 +16,7 @@ from surgery.checkpoints.inventory import places
 from surgery.copies import same_bits
 from surgery.errors import SurgeryError
 from surgery.exporting import provenance
+from surgery.interchange.folder import PREFIX
 from surgery.passes.hosts.merging import BEFORE_MERGE
 from surgery.proving.proof import Finding, Proof
 from surgery.proving.replay import Adapter, Candidate, Replay
@@ -217,11 +218,19 @@ class _Check:
         """A tensor under a name that the source lacks: perhaps one of its adapters' own."""
         twin = self._added_digests.get(_content(tensor))
         if twin is None:
+            if self._is_converted(name, tensor):
+                return Finding(name, "converted", "to a LoRA of the original weights")
             return Finding(
                 name, "unaccounted", "the source has no such tensor, and no rule adds it"
             )
         self.found.add(twin)
         return Finding(name, "equal", f"{twin} of the source")
+
+    def _is_converted(self, name: str, tensor: Tensor) -> bool:
+        if self.theirs is None or not name.startswith(PREFIX):
+            return False
+        expected = self.theirs.in_peft.get(name)
+        return expected is not None and _same(name, tensor, expected) is not None
 
     @cached_property
     def _added_digests(self) -> dict[str, str]:

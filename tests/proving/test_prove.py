@@ -214,6 +214,26 @@ def test_a_tensor_that_is_gone_is_lost(folders: FilePath, tmp_path: FilePath) ->
     assert [(each.name, each.verdict) for each in proof.failures] == [("model.norm.weight", "lost")]
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_an_adapter_of_peft(method: str, tmp_path: FilePath) -> None:
+    model, example = zoo.build("llama")
+    rule = Rule(LowRank(method=method, rank=2), where=LINEAR, id="a")
+    surgery.save(trained(surgery.apply(model.eval(), rule)), tmp_path / "saved")
+    surgery.export(model, tmp_path / "peft", format="peft", example=example)
+    proof = surgery.prove(tmp_path / "peft", against=tmp_path / "saved")
+    assert proof.ok, proof.failures
+    assert set(proof.counts) == {"equal" if method == "lora" else "converted"}
+
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    one, other, *_ = [name for name in tensors if name.endswith("q_proj.lora_B.weight")]
+    tensors[one][0, -1] += 1
+    save_file(tensors, path)
+    named = {each.name for each in surgery.prove(path.parent, against=tmp_path / "saved").failures}
+    assert one in named
+    assert other not in named
+
+
 def test_one_file_is_proved_by_the_hashes_beside_it(tmp_path: FilePath) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     surgery.save(model, tmp_path / "stock")
