@@ -527,11 +527,10 @@ class LowRank(Pass):
                 "of a mirror map",
                 hint=self._without_touching,
             )
-        planned = [
-            method_named(edit.payload["method"])
-            for edit in context.earlier
-            if weight in edit.uses and "method" in edit.payload
+        beside = [
+            edit for edit in context.earlier if weight in edit.uses and "method" in edit.payload
         ]
+        planned = [method_named(edit.payload["method"]) for edit in beside]
         scaling = any(method.scales_rows for method in planned)
         present = () if bank is None else bank.adapters.values()
         if touches == "changes" and (scaling or any(each.scales_rows for each in present)):
@@ -549,7 +548,9 @@ class LowRank(Pass):
                 "adds to while it is trained",
                 hint="undo or merge that one first",
             )
-        changed = any(method.changes_weight or method.folds_weight for method in planned)
+        # What its options make a method take out of the weight is not exact any more.
+        changed = any(method.folds_weight for method in planned)
+        changed = changed or any(edit.contract.kind != "exact" for edit in beside)
         before = changed or any(each.beginning is not None for each in present)
         if touches == "changes" and self.keep_base == "source" and before:
             raise Conflict(

@@ -10,7 +10,7 @@ import torch
 
 import surgery
 from surgery import LowRank, Path, Rule, adapters
-from surgery.errors import ModelStateError, RuleError
+from surgery.errors import Conflict, ModelStateError, RuleError
 from surgery.record import record_of
 
 
@@ -52,3 +52,26 @@ def test_source_is_what_undo_reads_again(tmp_path: FilePath) -> None:
     with pytest.raises(ModelStateError, match="no longer holds the weight"):
         surgery.undo(model)
     assert all(torch.equal(value, split[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        LowRank(method="pissa", rank=2, adapter="first"),
+        LowRank(method="scalora", rank=2, adapter="first"),
+        LowRank(method="reflora", rank=2, adapter="first", options={"re_init": True}),
+    ],
+    ids=lambda first: first.method,
+)
+def test_source_beside_what_an_earlier_rule_changes_is_refused(
+    tmp_path: FilePath, first: LowRank
+) -> None:
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    made = surgery.load("transformers:LlamaModel", config={**config, **heads})
+    made.save_pretrained(tmp_path)
+    model = surgery.load(tmp_path)
+    second = LowRank(method="olora", rank=2, adapter="second", keep_base="source")
+    where = Path("**.q_proj")
+    with pytest.raises(Conflict, match="cannot be read again from the source"):
+        surgery.plan(model, [Rule(each, where=where, id=each.adapter) for each in (first, second)])
