@@ -16,7 +16,7 @@ from surgery.checkpoints.inventory import places
 from surgery.copies import same_bits
 from surgery.errors import SurgeryError
 from surgery.exporting import provenance
-from surgery.interchange.folder import PREFIX
+from surgery.interchange.folder import PREFIX, WRAPPED
 from surgery.passes.hosts.merging import BEFORE_MERGE
 from surgery.proving.proof import Finding, Proof
 from surgery.proving.replay import Adapter, Candidate, Replay
@@ -218,6 +218,9 @@ class _Check:
         """A tensor under a name that the source lacks: perhaps one of its adapters' own."""
         twin = self._added_digests.get(_content(tensor))
         if twin is None:
+            along = self._along_in_peft(name, tensor)
+            if along is not None:
+                return along
             if self._is_converted(name, tensor):
                 return Finding(name, "converted", "to a LoRA of the original weights")
             return Finding(
@@ -225,6 +228,13 @@ class _Check:
             )
         self.found.add(twin)
         return Finding(name, "equal", f"{twin} of the source")
+
+    def _along_in_peft(self, name: str, tensor: Tensor) -> Finding | None:
+        """A stock tensor that goes along with an adapter of PEFT, because it was trained."""
+        if not name.startswith(PREFIX):
+            return None
+        source = self._source(name.removeprefix(PREFIX).replace(f".{WRAPPED}.", "."))
+        return None if source is None else _same(name, tensor, source)
 
     def _is_converted(self, name: str, tensor: Tensor) -> bool:
         if self.theirs is None or not name.startswith(PREFIX):

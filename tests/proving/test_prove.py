@@ -234,6 +234,27 @@ def test_an_adapter_of_peft(method: str, tmp_path: FilePath) -> None:
     assert other not in named
 
 
+def test_stock_weights_that_go_along_with_an_adapter_of_peft(tmp_path: FilePath) -> None:
+    model, example = zoo.build("llama")
+    rule = Rule(LowRank(rank=2), where=surgery.Role("attention.qkv"), id="a")
+    trained(surgery.apply(model.eval(), rule))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lowrank." in name or name == "lm_head.weight")
+    surgery.save(model, tmp_path / "saved")
+    surgery.export(model, tmp_path / "peft", format="peft", example=example)
+    proof = surgery.prove(tmp_path / "peft", against=tmp_path / "saved")
+    assert proof.ok, proof.failures
+    along = "base_model.model.lm_head.weight"
+    assert along in {each.name for each in proof.findings}
+
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[along][0, 0] += 1
+    save_file(tensors, path)
+    failures = surgery.prove(path.parent, against=tmp_path / "saved").failures
+    assert along in {each.name for each in failures}
+
+
 def test_one_file_is_proved_by_the_hashes_beside_it(tmp_path: FilePath) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     surgery.save(model, tmp_path / "stock")
