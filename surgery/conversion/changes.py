@@ -21,12 +21,14 @@ class Merge:
         matrix: How the weight is read as a matrix, or as a stack of matrices.
         adding: The adapters with their shares.
         settling: Adapters whose start is taken out of the weight first, as it was when they were
-            trained: ``W - s B₀ A₀``, rounded to the weight's dtype.
+            trained: ``W - s B₀ A₀``, rounded to the dtype the weight had then.
+        beside: That dtype, where it is wider than the stored weight's.
     """
 
     matrix: Matrix
     adding: Sequence[tuple[Adapter, float]]
     settling: Sequence[Method] = ()
+    beside: torch.dtype | None = None
 
     @property
     def by_rows(self) -> bool:
@@ -48,7 +50,7 @@ class Merge:
         Args:
             weight: As it is stored.
         """
-        base = self.matrix.fold(weight)
+        base = self.matrix.fold(self._as_trained(weight))
         for method in self.settling:
             base = method.without_beginning(base)
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -79,6 +81,11 @@ class Merge:
                 changed[at : at + len(left)].addmm_(left.to(wide), right.to(wide), alpha=alpha)
         return changed
 
+    def _as_trained(self, weight: Tensor) -> Tensor:
+        if self.beside is None or not self.settling:
+            return weight
+        return weight.to(torch.promote_types(weight.dtype, self.beside))
+
     @property
     def _gains(self) -> bool:
         return any(adapter.scales_rows for adapter, _ in self.adding)
@@ -103,6 +110,7 @@ class Merge:
 
     def _parts(self, weight: Tensor, first: int) -> Tensor:
         stop = first + len(weight)
+        weight = self._as_trained(weight)
         for method in self.settling:
             weight = _part(method, self.matrix, first, stop).without_beginning(weight)
         wide = torch.promote_types(weight.dtype, torch.float32)

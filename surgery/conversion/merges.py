@@ -160,5 +160,6 @@ def _merges(model: nn.Module, *, settling: bool) -> dict[str, Merge]:
         start = [each for adapter in bank.adapters.values() for each in adapter.methods]
         begun = [method for method in start if method.beginning is not None] if settling else []
         adding = bank.contributions(bank.active)
-        found[first.get(name, name)] = Merge(bank.matrix, tuple(adding), tuple(begun))
+        beside = own_parameters(module)[place.parameter].dtype
+        found[first.get(name, name)] = Merge(bank.matrix, tuple(adding), tuple(begun), beside)
     return found

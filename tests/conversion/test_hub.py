@@ -114,6 +114,22 @@ def test_saved_adapter_is_merged_and_cast_in_one_call(beside: torch.dtype, tmp_p
     assert surgery.prove(tmp_path / "got", against=source, adapter=adapter).ok
 
 
+def test_a_weight_is_settled_in_the_dtype_it_was_trained_in(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    # diffusers loads half precision as float32 where no dtype is asked for.
+    build("UNet2DConditionModel")[0].half().save_pretrained(source)  # type: ignore[operator]
+    model = adapted(source, "pissa", surgery.Role("attention.qkv"))
+    surgery.save(model, tmp_path / "adapter", adapter_only=True)
+    surgery.adapters.merge(model)
+    adapter = tmp_path / "adapter"
+    surgery.convert(source, None, tmp_path / "got", adapter=adapter, dtype="float32")
+    got = contents(tmp_path / "got")
+    wanted = model.state_dict()
+    assert got.keys() & wanted.keys()
+    for name in got.keys() & wanted.keys():
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-6, atol=1e-6)
+
+
 def test_cast_is_that_of_the_library(tmp_path: Path) -> None:
     source = saved("llama", tmp_path / "source")
     surgery.convert(source, None, tmp_path / "got", dtype="bfloat16")
