@@ -156,7 +156,7 @@ def _claimed(folder: FilePath) -> None:
     forge(folder, claim)
 
 
-TAMPERED: dict[str, tuple[str, Callable[[FilePath], None], str, str]] = {
+TAMPERED: dict[str, tuple[str, Callable[[FilePath], object], str, str]] = {
     "a byte of a file": ("lora", _a_byte, "wrong file", "other bytes than were written"),
     "a file that is gone": (
         "lora",
