@@ -112,8 +112,9 @@ def export(
 
     Args:
         model: A model with or without rewrites.
-        out: A folder to create, or to replace if an export wrote everything in it; or a file
-            where the format can be one and ``out`` has its suffix, such as ``model.onnx``.
+        out: A folder to create, or to replace if an export wrote everything in it; or a file,
+            likewise, where the format can be one and ``out`` has its suffix, such as
+            ``model.onnx``.
         format: Name of the format; ``surgery list formats`` lists them.
         example: A call of the model: a tensor, a tuple (args), a dict (kwargs) or a
             ``surgery.Example``; inferred for models of timm, transformers and diffusers.
@@ -221,8 +222,16 @@ def _is_file_target(writer: Format, target: Path) -> bool:
 
 
 def _check_file_target(target: Path) -> None:
-    if target.exists() and not target.is_file():
+    if not target.exists():
+        return
+    if not target.is_file():
         raise ExportError(f"{target} is neither a file nor a folder")
+    told = provenance.beside(target)
+    if not told.exists():
+        raise ExportError(
+            f"{target} is there already, and no {told.name} beside it says that an export wrote it",
+            hint="move it away, or export to another name",
+        )
 
 
 def _to_folder(writer: Format, model: nn.Module, call: Example, target: Path) -> Exported:
@@ -249,9 +258,10 @@ def _to_file(writer: Format, model: nn.Module, call: Example, target: Path) -> E
             )
         entry = provenance.file_of(single)
         told = _provenance(writer, model, {target.name: entry}, found)
+        # First: a kill in between leaves a file that the next export may replace.
+        files.write(provenance.beside(target), provenance.dump(told))
         with files.beside(target) as place:
             single.replace(place)
-    files.write(provenance.beside(target), provenance.dump(told))
     return Exported(target, writer.name, {target.name: entry.bytes}, found)
 
 

@@ -40,6 +40,12 @@ _MEANINGS: dict[Verdict, str] = {
     "lost": "in the source and nowhere in the result",
     "wrong file": "missing, altered, or not written with the rest",
 }
+_HINTS: dict[Verdict, str] = {
+    "wrong file": "files changed after they were written: export again, or do not trust them",
+    "unaccounted": "weights that were trained since are not the source's: name the folder of the "
+    "run, and with adapter= what was merged",
+    "lost": "name the model that was exported as the source, not a larger one",
+}
 _SHOWN = 10
 
 
@@ -109,7 +115,7 @@ class Proof:
         rest = [f"    and {more} more"] if more > 0 else []
         raise ContractBroken(
             f"{self.result} is not accounted for by {self.source}:\n" + "\n".join([*lines, *rest]),
-            hint="weights that were trained since are not the source's: name the folder of the run",
+            hint=next(hint for verdict, hint in _HINTS.items() if verdict in self.counts),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import surgery
+from surgery.errors import ExportError
 from surgery.exporting import fits, outputs, torch_export
 from surgery.sources import Example
 from tests.exporting import models
@@ -54,6 +55,20 @@ def test_loading_needs_torch_alone(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wanted = outputs(model, Example((torch.ones(3, 64),)))["output"].double().sum()
     assert float(done.stdout) == pytest.approx(float(wanted), rel=1e-5, abs=1e-5)
+
+
+def test_a_file_is_replaced_only_if_an_export_wrote_it(tmp_path: Path) -> None:
+    target = tmp_path / "m.pt2"
+    target.write_bytes(b"the thesis")
+    with pytest.raises(ExportError, match=r"no m\.pt2\.surgery\.json beside it"):
+        surgery.export(models.stock("mlp"), target, format="torch_export")
+    assert target.read_bytes() == b"the thesis"
+    assert [each.name for each in tmp_path.iterdir()] == ["m.pt2"]
+    target.unlink()
+    surgery.export(models.stock("mlp"), target, format="torch_export")
+    first = target.read_bytes()
+    surgery.export(models.rewired("mlp"), target, format="torch_export")
+    assert target.read_bytes() != first
 
 
 @pytest.mark.parametrize("merged", [False, True])
