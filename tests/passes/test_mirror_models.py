@@ -29,6 +29,7 @@ from surgery.errors import ExportError
 from surgery.sources import Example
 from surgery.verification.outputs import leaves
 from tests import zoo
+from tests.passes.mirrored import randomise
 
 pytestmark = [
     # torchao and diffusers announce their own changes while they are imported.
@@ -51,15 +52,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def randomise(model: nn.Module, scale: float = 0.05) -> None:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for each in mirrors.attached(model):
-            for name in each.map_parameters:
-                parameter = model.get_parameter(name)
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
-
-
 @pytest.mark.parametrize("map", ["legendre", "block_iaf"])
 @pytest.mark.parametrize("name", MODELS)
 def test_norms(name: str, map: str) -> None:  # noqa: A002
@@ -68,7 +60,7 @@ def test_norms(name: str, map: str) -> None:  # noqa: A002
     before = call(model, example)
     surgery.apply(model, Rule(Mirror(map=map), where=NORMS), example=example)
     assert same(call(model, example), before)
-    randomise(model)
+    randomise(model, 0.05)
     after = call(model, example)
     assert not same(after, before)
     # The stock class with the mapped values for its parameters.
@@ -130,7 +122,7 @@ def test_a_frozen_map_leaves_a_stock_folder(tmp_path: Path) -> None:
 
     model, example = zoo.build("bert")
     surgery.apply(model, Rule(Mirror(map="legendre"), where=NORMS), example=example)
-    randomise(model)
+    randomise(model, 0.05)
     with pytest.raises(ExportError, match="without its rewrites"):
         model.save_pretrained(tmp_path / "folder")
     surgery.apply(model, Rule(Freeze()), example=example)
@@ -143,7 +135,7 @@ def test_a_frozen_map_leaves_a_stock_folder(tmp_path: Path) -> None:
 def test_generate() -> None:
     model, example = zoo.build("llama")
     surgery.apply(model, Rule(Mirror(map="block_iaf"), where=NORMS), example=example)
-    randomise(model)
+    randomise(model, 0.05)
     ids = example.kwargs["input_ids"][:1, :4]
     made = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     surgery.apply(model, Rule(Freeze()), example=example)
