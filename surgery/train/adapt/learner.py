@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from surgery.train.data.base import Facts
 
 Batch = Mapping[str, Tensor]
+
+#: What mapping may change of a meta-gradient by rounding, in float32, of its largest value.
+_MAPPED_APART = 1e-2
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,34 @@ class Learner:
                 f"{type(self.model).__name__} cannot be mapped over tasks: {first_line(error)}",
                 hint="set inner.parallel: loop",
             ) from error
+        if not isinstance(self.estimator, FirstOrder):
+            self._check_second_order(pair)
+
+    def _check_second_order(self, pair: Task) -> None:
+        """Refuse a model of which mapping gets derivatives of derivatives wrong.
+
+        torch 2.15 does so, without a word, for ``layer_norm`` when the derivative is taken around
+        the mapping. Estimators map around the derivative, where none such is known.
+        """
+        problem, meta = replace(self.problem, steps=1), self.meta()
+
+        def gradient(task: Task) -> Meta:
+            return Meta(*Unrolled()(problem, meta, task).gradient)
+
+        with self.mode(training=False):
+            mapped = Meta(*torch.func.vmap(gradient, randomness="different")(pair))
+            single = gradient(one(pair, 0))
+        size = max(float(each.abs().max()) for part in single for each in part.values())
+        for there, here in zip(mapped, single, strict=True):
+            for name, right in here.items():
+                apart = float((there[name] - right).abs().max())
+                if apart > _MAPPED_APART * size:
+                    raise ModelStateError(
+                        f"{type(self.model).__name__} cannot be mapped over tasks: torch "
+                        f"{torch.__version__} then gives another meta-gradient of {name}, off by "
+                        f"{apart:.1e} where the largest value is {size:.1e}",
+                        hint="set inner.parallel: loop, or estimator: {name: first-order}",
+                    )
 
 
 @dataclass(frozen=True)

@@ -367,6 +367,47 @@ def test_a_model_that_cannot_be_mapped_is_refused_and_loops(
     assert bool(torch.isfinite(made.estimated(example_of(data)).loss).all())
 
 
+class Odd(nn.Module):
+    """Computes something else when it is mapped, as a wrong rule of torch's would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mapped = torch._C._functorch.is_batchedtensor(x)
+        return self.inner(x) * (1.5 if mapped else 1)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))
+
+
+def learner_with(model: nn.Module, *overrides: str) -> Learner:
+    config = tiny.sinusoid(*overrides)
+    data = Adapting(config).data()
+    return Learner(config, data.facts, model, example_of(data))
+
+
+def test_a_model_that_is_mapped_wrongly_is_refused():
+    with pytest.raises(ModelStateError, match=r"Odd cannot be mapped over tasks: torch .* off by"):
+        learner_with(Odd(), 'inner.parallel="vmap"')
+    learner_with(Odd(), 'inner.parallel="loop"')
+
+
+@pytest.mark.parametrize("name", ["unrolled", "binomial", "first-order"])
+def test_norms_of_layers_are_mapped_rightly(name: str):
+    # Mapped inside the derivative, torch 2.15 gets them wrong.
+    model = normed()
+    data = Adapting(tiny.sinusoid()).data()
+    terms = ', "terms": 2' if name == "binomial" else ""
+    estimator = f'estimator={{"name": "{name}"{terms}}}'
+    wanted = learner_with(model, estimator).estimated(example_of(data)).gradient.start
+    found = learner_with(model, estimator, 'inner.parallel="vmap"').estimated(example_of(data))
+    for each, value in wanted.items():
+        torch.testing.assert_close(found.gradient.start[each], value, rtol=1e-3, atol=1e-4)
+
+
 REFUSED = {
     'estimator={"name": "binomial", "terms": 9}': "9 terms, and there are 3 inner steps",
     'estimator={"name": "implicit"}': "implicit needs the pull back to the start",
