@@ -88,11 +88,14 @@ class BinomialConfig(Section):
     Attributes:
         terms: L.
         side_by_side: Hessian-vector products at once; more take more memory.
+        scale: What every second derivative is multiplied by: 1 is the paper's formula, L over the
+            inner steps what its authors' code does.
     """
 
     name: Literal["binomial"]
     terms: Count
     side_by_side: Count = 1
+    scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
 class ImplicitConfig(Section):

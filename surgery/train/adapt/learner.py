@@ -333,7 +333,7 @@ def build_estimator(section: EstimatorConfig) -> Estimator:
     if section.name == "truncated":
         return Truncated(section.terms)
     if section.name == "binomial":
-        return Binomial(section.terms, section.side_by_side)
+        return Binomial(section.terms, section.side_by_side, section.scale)
     if section.name == "implicit":
         return Implicit(section.solver_steps)
     if section.name == "bayesian":

@@ -153,8 +153,20 @@ def test_the_cascade_is_the_binomial_expansion(terms: int):
         assert apart(found.gradient, expected) < 1e-10
 
 
-def explicit(problem: Problem, meta: Meta, task: Task, terms: int) -> Meta:
-    """``Σ_{l ≤ L} Σ_{k_1 < ... < k_l} ∏ (-a H_k) g`` with matrices."""
+@pytest.mark.parametrize("terms", range(STEPS + 1))
+def test_the_authors_scale_weighs_every_second_derivative(terms: int):
+    problem, meta, task = case("plain", "shared")
+    scale = max(terms, 1) / STEPS
+    expected = explicit(problem, meta, task, terms, scale)
+    for side_by_side in (1, 2):
+        found = Binomial(terms, side_by_side, scale)(problem, meta, task)
+        assert apart(found.gradient, expected) < 1e-10
+    whole = Binomial(terms)(problem, meta, task).gradient
+    assert (apart(found.gradient, whole) > 1e-4) == (0 < terms < STEPS)
+
+
+def explicit(problem: Problem, meta: Meta, task: Task, terms: int, scale: float = 1.0) -> Meta:
+    """``Σ_{l ≤ L} Σ_{k_1 < ... < k_l} ∏ (-c a H_k) g`` with matrices."""
     names = list(meta.start)
     shapes = [meta.start[n].shape for n in names]
 
@@ -176,7 +188,7 @@ def explicit(problem: Problem, meta: Meta, task: Task, terms: int) -> Meta:
         for chosen in itertools.combinations(range(problem.steps), count):
             product = g
             for k in reversed(chosen):
-                product = -LR * hessians[k] @ product
+                product = -scale * LR * hessians[k] @ product
             total += product
     return Meta(unpacked(total), {}, {})
 

@@ -41,10 +41,13 @@ class Binomial(Estimator):
         side_by_side: Hessian-vector products that are computed at once, with ``vmap``: more of
             them take fewer, larger calls and more memory. 1 computes one after the other, without
             ``vmap``.
+        scale: What every second derivative is multiplied by. Below 1 this is another estimator,
+            for step sizes at which the expansion overshoots; the authors' code takes L / K.
     """
 
     terms: int
     side_by_side: int = 1
+    scale: float = 1.0
 
     def __call__(self, problem: Problem, meta: Meta, task: Task) -> Estimate:
         """The expansion, for everything that is meta-learned.
@@ -64,7 +67,7 @@ class Binomial(Estimator):
             "tuple[tuple[Tensors, Tensors], Tensor]",
             grad_and_value(query, (0, 1))(meta.others, path.states[-1]),
         )
-        products = _Products(problem, meta, task.support, self.side_by_side)
+        products = _Products(problem, meta, task.support, self.side_by_side, self.scale)
         sums = cascade(products, path.states, outer, self.terms)
         extra = _rule_gradient(problem, meta.extra, path.gradients, sums.later)
         gradient = Meta(sums.first, added(others, sums.beside, -1.0), extra)
@@ -160,6 +163,7 @@ class _Products:
     meta: Meta
     support: Tensors
     side_by_side: int
+    scale: float
 
     @property
     def whole(self) -> bool:
@@ -188,9 +192,12 @@ class _Products:
         return cast("tuple[Tensors, Tensors]", pull(self._transposed(row)))
 
     def _transposed(self, row: Tensors) -> Tensors:
-        """The step rule, transposed: it is linear, so that any point will do."""
+        """The step rule, transposed and scaled: it is linear, so that any point will do."""
         _, pull = vjp(partial(self.problem.rule.update, self.meta.extra), row)
-        return pull(row)[0]
+        transposed: Tensors = pull(row)[0]
+        if self.scale == 1:
+            return transposed
+        return {name: self.scale * value for name, value in transposed.items()}
 
     def _at_once(
         self, states: Sequence[Tensors], rows: Sequence[Tensors]
