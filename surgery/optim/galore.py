@@ -192,7 +192,7 @@ class _Projected:
 
     def due(self) -> bool:
         """Whether there must be new bases, and the gradient has something to make them of."""
-        if self.state and self.state["age"] < self.group["gap"]:
+        if "age" in self.state and self.state["age"] < self.group["gap"]:
             return False
         largest = self.gradient.abs().amax().item()
         if largest < float("inf"):
@@ -221,7 +221,7 @@ class _Projected:
 
     def update(self) -> None:
         keep = 1 - self.group["lr"] * self.group["weight_decay"]
-        if not self.state:
+        if "age" not in self.state:
             self.parameter.mul_(keep)
             return
         bases = self._bases()

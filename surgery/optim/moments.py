@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ from torch.optim import (
 from surgery.errors import ModelStateError
 
 _ADAM = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+#: Where an ascent keeps its direction in an optimizer's state; a mean of gradients like a first moment.
+ASCENT = "ascent"
+
+#: Optimizers that step with gradients taken uphill → the directions that become state in this step.
+climbing: WeakKeyDictionary[Optimizer, dict[Tensor, Tensor]] = WeakKeyDictionary()
 
 #: Optimizer → name in its state → the power of the gradients that it is made of.
 POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
@@ -67,7 +74,7 @@ def powers_of(optimizer: Optimizer) -> Mapping[str, int]:
     """
     for parent in type(optimizer).__mro__:
         if parent in POWERS:
-            return POWERS[cast("type[Optimizer]", parent)]
+            return {**POWERS[cast("type[Optimizer]", parent)], ASCENT: 1}
         if parent in _REFUSED:
             raise _refusal(optimizer, _REFUSED[cast("type[Optimizer]", parent)])
     raise _refusal(optimizer, "it is not known what the tensors in its state are made of")
@@ -107,6 +114,9 @@ def scale_state(optimizer: Optimizer, parameter: Tensor, factor: Tensor | float)
         if not isinstance(value, Tensor) or powers[name] == 0:
             continue
         value.mul_(factor if powers[name] == 1 else factor**2)
+    direction = climbing.get(optimizer, {}).get(parameter)
+    if direction is not None:
+        direction.mul_(factor)
 
 
 def _state(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:

@@ -32,6 +32,8 @@ class NoRAPlus(Preconditioner):
         ValueError: ε is not positive.
     """
 
+    uphill = True
+
     def __init__(self, factors: Sequence[Factors], *, eps: float = 1e-6) -> None:
         super().__init__(factors)
         if not eps > 0:

@@ -55,6 +55,8 @@ class RefLoRAS(StepRule):
         ValueError: an option is out of range.
     """
 
+    uphill = True
+
     def __init__(self, factors: Sequence[Factors], *, warmup: int = 100, interval: int = 1) -> None:
         super().__init__(factors)
         check_schedule(warmup, interval)

@@ -32,11 +32,14 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from surgery.errors import CheckpointError, ModelStateError
+from surgery.optim.moments import climbing
 
 logger = logging.getLogger("surgery")
 
 #: Before the names of what a rule keeps in an optimizer's state.
 PREFIX = "surgery_"
+#: What to use instead where a rule does not go with gradients that are taken uphill.
+GO_UPHILL = "use a method that goes with it, such as lora, reflora, reflora-s or nora-plus"
 _STEPS = f"{PREFIX}steps"
 _NOTHING = f"{PREFIX}nothing"
 
@@ -93,6 +96,9 @@ class StepRule(ABC):
 
     #: Whether the rule changes the frozen base weight; ``Factors.fold`` is there only then.
     folds: ClassVar[bool] = False
+    #: Whether gradients that were taken elsewhere than at the factors will do, as SAM takes them: a
+    #: rule for which the two are of one gradient of the weight, ``grad_A = s Bᵀ G``, needs its own.
+    uphill: ClassVar[bool] = False
 
     def __init__(self, factors: Sequence[Factors]) -> None:
         self.factors = tuple(factors)
@@ -144,7 +150,8 @@ class StepRule(ABC):
 
         Raises:
             ModelStateError: the optimizer lacks one of the factors, has a rule for one already, or
-                evaluates the loss several times per step (LBFGS).
+                evaluates the loss several times per step (LBFGS), or the optimizer steps with
+                gradients taken uphill and the rule needs them at the factors.
         """
         return Attached(optimizer, self)
 
@@ -300,6 +307,11 @@ class Attached:
 _attached: WeakKeyDictionary[Optimizer, list[Attached]] = WeakKeyDictionary()
 
 
+def rules_of(optimizer: Optimizer) -> list[StepRule]:
+    """The rules that are attached to an optimizer."""
+    return [each.rule for each in _attached.get(optimizer, [])]
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which each rank holds a part."""
     if type(tensor) in (Tensor, nn.Parameter):
@@ -414,6 +426,12 @@ def _check(optimizer: Optimizer, rule: StepRule) -> None:
             "LBFGS evaluates the loss several times per step, so there is no moment at which its "
             f"gradients are final for {type(rule).__name__}",
             hint="use an optimizer with one gradient per step, such as AdamW or SGD",
+        )
+    if optimizer in climbing and not rule.uphill:
+        raise ModelStateError(
+            f"{type(rule).__name__} takes the gradients for those at the factors as they are, and "
+            "this optimizer steps with gradients taken uphill of them (SAM, VASSO)",
+            hint=f"train without sharpness, or {GO_UPHILL}",
         )
     _check_held(optimizer, rule)
     ours = {id(each.A): each.name for each in rule.factors}

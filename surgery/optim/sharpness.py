@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.errors import ConfigError
-
-STATE = "ascent"
-"""Key of d in the optimizer's state: checkpoints hold it where they hold moments."""
+from surgery.errors import ConfigError, ModelStateError
+from surgery.optim.moments import ASCENT as STATE
+from surgery.optim.moments import climbing
+from surgery.optim.rule import rules_of
 
 _EPSILON = 1e-7
 
@@ -40,6 +40,10 @@ class Ascent:
     changes when the optimizer steps: a step that is left out leaves no trace. A parameter without
     a gradient in some step counts as one whose gradient is zero.
 
+    Rules of adapters (``StepRule``) see the factors at w and the gradient at w + ε. Those that can
+    work with that are attached after it. One that changes the coordinates of the factors (RefLoRA-S)
+    changes those of d as well, as those of moments.
+
     Args:
         optimizer: Of the parameters.
         rho: Length of the ascent, ρ.
@@ -47,6 +51,7 @@ class Ascent:
 
     Raises:
         ConfigError: ρ is not positive, or θ not in (0, 1].
+        ModelStateError: the optimizer climbs already, or has rules already.
     """
 
     def __init__(self, optimizer: Optimizer, *, rho: float, theta: float = 1.0) -> None:
@@ -54,10 +59,12 @@ class Ascent:
             raise ConfigError(f"rho is {rho}, expected a positive length", hint="as in 0.05")
         if not 0 < theta <= 1:
             raise ConfigError(f"theta is {theta}, expected a weight in (0, 1]", hint="as in 0.9")
+        _check_first(optimizer)
         self._optimizer = optimizer
         self._rho = rho
         self._theta = theta
-        self._next: dict[nn.Parameter, Tensor] = {}
+        # What changes the coordinates of a parameter finds it there.
+        self._next: dict[Tensor, Tensor] = climbing.setdefault(optimizer, {})
         cast("Any", optimizer).register_step_post_hook(self._stepped)
 
     @contextmanager
@@ -71,10 +78,10 @@ class Ascent:
         norm = _norm([*directions.values()])
         # On the device: a norm that is not finite must not get into d, and nothing waits for it.
         finite = torch.isfinite(norm)
-        self._next = {
-            p: torch.where(finite, d, self._last(p, d)) if self._theta < 1 else d
-            for p, d in directions.items()
-        }
+        self._next.clear()
+        if self._theta < 1:
+            kept = {p: torch.where(finite, d, self._last(p, d)) for p, d in directions.items()}
+            self._next.update(kept)
         scale = self._rho / (norm + _EPSILON)
         places = {p: p.detach().clone() for p in directions}
         with torch.no_grad():
@@ -112,18 +119,35 @@ class Ascent:
         """Keep d. Not before: an empty state is what tells an optimizer to make its own.
 
         A step without an ascent is what torch's sharded checkpoints make of a new optimizer, to
-        learn what its state holds: d is then there to be loaded into.
+        learn what its state holds: d is then there to be loaded into. Where a rule has made a step
+        void no parameter has a gradient.
         """
-        for parameter in self._parameters() if self._theta < 1 else ():
+        void = all(parameter.grad is None for parameter in self._parameters())
+        for parameter in self._parameters() if self._theta < 1 and not void else ():
             state = optimizer.state[parameter]
             if state or parameter.grad is not None:
                 found = self._next.get(parameter, state.get(STATE))
                 state[STATE] = torch.zeros_like(parameter) if found is None else found
-        self._next = {}
+        self._next.clear()
 
     def _parameters(self) -> list[nn.Parameter]:
         groups: list[dict[str, Any]] = self._optimizer.param_groups
         return [parameter for group in groups for parameter in group["params"]]
+
+
+def _check_first(optimizer: Optimizer) -> None:
+    if optimizer in climbing:
+        raise ModelStateError(
+            "this optimizer takes its gradients uphill already",
+            hint="build one Ascent for an optimizer",
+        )
+    rules = rules_of(optimizer)
+    if rules:
+        raise ModelStateError(
+            f"{type(rules[0]).__name__} is around the steps of this optimizer already, and would "
+            "void or change a step without the ascent's knowing",
+            hint="build the Ascent first, and call surgery.adapters.prepare after it",
+        )
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast, dataclass_transform, overload
+from typing import Any, TypeVar, cast, dataclass_transform, get_args, get_origin, overload
 
 import pydantic
 import pydantic.dataclasses
@@ -52,6 +53,7 @@ def options(cls: type | None = None, *, strict: bool = True) -> Any:
 
     The options of a pass, an adapter or a topology are declared with it. A wrong value raises
     ``RuleError`` where the object is built; in a rule file, pydantic's own error finds its line.
+    A list is taken for a tuple, as in a rule file, which knows nothing but lists.
 
     Args:
         cls: The class, with one annotated attribute per option.
@@ -74,11 +76,19 @@ def options(cls: type | None = None, *, strict: bool = True) -> Any:
 
 def _told_in_rule_errors(cls: Any) -> Callable[..., None]:
     original = cls.__init__
+    names = option_names(cls)
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        kinds = {name: field.annotation for name, field in cls.__pydantic_fields__.items()}
+        # A positional argument too many has no name; pydantic says what is wrong with it.
+        placed = [
+            _unlisted(value, kinds.get(name))
+            for name, value in itertools.zip_longest(names[: len(args)], args)
+        ]
+        named = {name: _unlisted(value, kinds.get(name)) for name, value in kwargs.items()}
         try:
-            original(self, *args, **kwargs)
+            original(self, *placed, **named)
         except ValidationError as error:
             raised = _rule_error(cls, error, args, kwargs)
         else:
@@ -86,6 +96,17 @@ def _told_in_rule_errors(cls: Any) -> Callable[..., None]:
         raise raised
 
     return __init__
+
+
+def _unlisted(value: object, kind: object) -> object:
+    """A value with tuples for its lists, if an option of this type takes any."""
+    if not isinstance(value, list) or not _takes_tuple(kind):
+        return value
+    return tuple(_unlisted(each, kind) for each in cast("list[object]", value))
+
+
+def _takes_tuple(kind: object) -> bool:
+    return get_origin(kind) is tuple or any(_takes_tuple(part) for part in get_args(kind))
 
 
 def _rule_error(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, cast
 
 from pydantic import (
     BaseModel,
@@ -379,6 +379,25 @@ def _objective_problems(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem(loc, "latents are not classified", "use diffusion")
 
 
+def _uphill_problems(config: RunConfig) -> Iterator[Problem]:
+    """Methods of adapters whose step needs the gradient at the weights."""
+    from surgery.optim.rule import GO_UPHILL, StepRule
+    from surgery.passes.lowrank import LowRank
+    from surgery.registry import STEP_RULES
+
+    for rule in () if config.recipe is None else config.recipe.rules:
+        made: object = rule.options
+        name = made.kind.step_rule if isinstance(made, LowRank) else None
+        if name is None or cast("type[StepRule]", STEP_RULES.get(name)).uphill:
+            continue
+        yield Problem(
+            ("train", "sharpness"),
+            f"rule {rule.id!r} trains with {cast('LowRank', made).method}, whose step is made of "
+            "the gradients at the factors, and this one takes them uphill",
+            f"leave train.sharpness out, or {GO_UPHILL}",
+        )
+
+
 def step_problems(config: RunConfig) -> Iterator[Problem]:
     """What does not go together in how a run steps, whatever it trains."""
     train, schedule, optim = config.train, config.schedule, config.optim
@@ -402,6 +421,8 @@ def step_problems(config: RunConfig) -> Iterator[Problem]:
             "the losses of fp16 are scaled, and the gradient of the first pass with them",
             "use train.precision: bf16 or fp32",
         )
+    if train.sharpness is not None:
+        yield from _uphill_problems(config)
     if schedule.warmup > train.steps:
         yield Problem(
             ("schedule", "warmup"),

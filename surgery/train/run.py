@@ -289,12 +289,13 @@ def assembled(
     initial = shortcuts(model)
     prepared, stepper = accelerator.prepare(model, optimizer)
     plain = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+    # Before the rules of adapters, which act within what it sees of a step.
+    uphill = config.train.sharpness
+    ascent = uphill and Ascent(stepper.optimizer, rho=uphill.rho, theta=uphill.theta)
     job.prepared(plain, stepper.optimizer)
     aim.start(plain)
     scaled = accelerator.scaler is not None
     watch = Watch(config.train, by_itself(optimizer, accelerator.device, scaled=scaled))
-    uphill = config.train.sharpness
-    ascent = uphill and Ascent(stepper.optimizer, rho=uphill.rho, theta=uphill.theta)
     randomness.seed_all(config.seed, accelerator.process_index)
     snapshot = Snapshot(accelerator, plain, stepper.optimizer, schedule, aim, watch, job.kept())
     return Loop(
