@@ -1,12 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what tells them apart."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+
+_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -38,3 +41,20 @@ def write(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     with beside(path) as work:
         work.write_bytes(data)
+
+
+def sha256_of(path: Path, advance: Callable[[int], object] | None = None) -> str:
+    """The SHA-256 of a file, in hex.
+
+    Args:
+        path: The file; read in pieces.
+        advance: Told how many bytes were read, piece by piece.
+    """
+    digest = sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if advance is not None:
+                advance(count)
+    return digest.hexdigest()

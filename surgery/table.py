@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 _WIDTH = 140
@@ -30,6 +30,19 @@ def _human(count: int, units: Sequence[str], base: int) -> str:
 def _with_unit(value: float, unit: str) -> str:
     digits = f"{value:.0f}" if value == int(value) else f"{value:.3g}"
     return f"{digits} {unit}".rstrip()
+
+
+def some(names: Iterable[str], shown: int = 3, *, cut: Callable[[str], str] = str) -> str:
+    """The first of some names, and how many there are besides: ``a, b, c and 4 more``.
+
+    Args:
+        names: What is listed.
+        shown: How many are named at most.
+        cut: Bounds the length of those that are named, where strangers chose them.
+    """
+    listed = list(names)
+    text = cut(", ".join(listed[:shown]))
+    return text if len(listed) <= shown else f"{text} and {len(listed) - shown} more"
 
 
 def collapse(paths: Sequence[str]) -> str:

@@ -172,7 +172,7 @@ def child(task: str, folder: Path, out: Path, hashing: bool, threads: int) -> di
     surgery.load("transformers:LlamaForCausalLM", config={"num_hidden_layers": 1}, device="meta")
     if not hashing:
         engine._examined = lambda *_: ("0" * 64, {})
-        run.digest_of_file = lambda *_: "0" * 64
+        run.sha256_of = lambda *_: "0" * 64
         run._digests = lambda *_: {}
     Path("/proc/self/clear_refs").write_text("5")
     before, begun, cpu = resident("VmRSS"), time.perf_counter(), spent(resource.RUSAGE_SELF)

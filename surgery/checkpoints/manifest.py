@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from surgery import progress
 from surgery.errors import CheckpointError
+from surgery.files import sha256_of
+from surgery.table import some
 from surgery.untrusted.documents import parse_object, read_bytes
 from surgery.untrusted.paths import check_inside, short
 from surgery.version import __version__
@@ -116,7 +119,7 @@ def dump(manifest: Manifest) -> str:
     """The text of ``surgery.json``; the last field is a checksum of all others."""
     data = manifest.model_dump(mode="json", exclude_defaults=True)
     data = {"format": manifest.format, **data}
-    data["checksum"] = _checksum(data)
+    data["checksum"] = checksum(data)
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -139,7 +142,7 @@ def read(folder: Path) -> Manifest:
         )
     _check_format(path, data)
     told = data.pop("checksum", None)
-    if told != _checksum(data):
+    if told != checksum(data):
         raise CheckpointError(
             f"{path} was changed after it was written: its checksum does not fit",
             hint="restore the file from a copy, or save the model again",
@@ -165,7 +168,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     total = sum(entry.bytes for entry in manifest.files.values())
     with progress.task("checking files", total, "bytes") as task:
         for name, entry in manifest.files.items():
-            if _sha256(folder / name, task) != entry.sha256:
+            if sha256_of(folder / name, task.advance) != entry.sha256:
                 raise CheckpointError(
                     f"{folder / name} is corrupted: its SHA-256 is not the one that was written",
                     hint="copy the folder again, or save the model again",
@@ -181,22 +184,17 @@ def check_replaceable(folder: Path) -> None:
     present = {each.name for each in folder.iterdir()}
     if NAME not in present:
         raise CheckpointError(
-            f"{folder} holds {_some(present)} and was not written by surgery.save",
+            f"{folder} holds {some(sorted(present), 4, cut=short)} and was not written by "
+            "surgery.save",
             hint="save to a new or an empty folder",
         )
     foreign = present - {NAME, *read(folder).files}
     if foreign:
         raise CheckpointError(
-            f"{folder} holds {_some(foreign)} besides the saved model, which saving to it again "
-            "would delete",
+            f"{folder} holds {some(sorted(foreign), 4, cut=short)} besides the saved model, which "
+            "saving to it again would delete",
             hint="move it away, or save to another folder",
         )
-
-
-def _some(names: set[str]) -> str:
-    listed = ", ".join(sorted(names)[:4])
-    listed = short(listed)
-    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"
 
 
 def _not_ours(folder: Path) -> CheckpointError:
@@ -270,17 +268,8 @@ def _check_size(path: Path, entry: FileEntry) -> None:
         raise CheckpointError(f"{path} is corrupted: {size} bytes, {entry.bytes} were written")
 
 
-def _sha256(path: Path, task: progress.Task) -> str:
-    digest = sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            task.advance(count)
-    return digest.hexdigest()
-
-
-def _checksum(data: dict[str, Any]) -> str:
+def checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON-able data in one canonical spelling."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return sha256(text.encode(errors="surrogatepass")).hexdigest()
 

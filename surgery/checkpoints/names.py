@@ -23,7 +23,7 @@ from surgery.checkpoints.sharded import Checkpoint, open_checkpoint
 from surgery.errors import CheckpointError
 from surgery.record import Record, added_names, record_of
 from surgery.sources.links import Link, linked, published
-from surgery.table import render
+from surgery.table import render, some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: A checkpoint: its folder, the opened folder, or its tensors by key.
 Published = Checkpoint | Mapping[str, Tensor] | str | os.PathLike[str]
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -190,11 +188,11 @@ class KeyMap:
         """
         problems: list[str] = []
         if self.missing and not allow_missing:
-            problems.append(f"the model needs {_some(self._missing_keys())}, which is not there")
+            problems.append(f"the model needs {some(self._missing_keys())}, which is not there")
         if self.mismatched:
             problems.append(self._mismatch(self.mismatched[0]))
         if self.unknown and not allow_unexpected:
-            problems.append(f"the model has no place for {_some(self.unknown)}")
+            problems.append(f"the model has no place for {some(self.unknown)}")
         if problems:
             raise CheckpointError(
                 f"{self.label} does not fit: {'; '.join(problems)}",
@@ -255,9 +253,9 @@ class KeyMap:
         expected = self._expected().get(odd.name, ())
         absent = [key for key in expected if key not in odd.keys]
         if absent and set(odd.keys).issubset(expected):
-            return f"{odd.name} needs {_some(absent)}, which is not there{more}"
+            return f"{odd.name} needs {some(absent)}, which is not there{more}"
         return (
-            f"{odd.name} is made of {_some(odd.keys)} as {odd.found}, the model's is "
+            f"{odd.name} is made of {some(odd.keys)} as {odd.found}, the model's is "
             f"{odd.expected}{more}"
         )
 
@@ -402,20 +400,14 @@ def _check_names(
     missing = [name for name in needed if name not in given and ties.get(name, name) not in held]
     permitted = set(allowed)
     extra = [name for name in given if name not in permitted]
-    parts = [f"it lacks {_some(missing)}"] if missing else []
+    parts = [f"it lacks {some(missing)}"] if missing else []
     if extra:
-        parts.append(f"the model has no {_some(extra)}")
+        parts.append(f"the model has no {some(extra)}")
     if parts:
         raise CheckpointError(
             f"{label} does not fit: {'; '.join(parts)}",
             hint="pass the tensors of a model built with the same configuration",
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:_SHOWN])
-    return shown if len(listed) <= _SHOWN else f"{shown} and {len(listed) - _SHOWN} more"
 
 
 def _empty(shape: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from surgery.editing import repeat, settle, undo
 from surgery.errors import CheckpointError, ModelStateError, SourceError
 from surgery.record import Record, record_of, set_record
 from surgery.sources import rebuild
+from surgery.table import some
 from surgery.tree import named_modules, named_parameters
 from surgery.untrusted.paths import short
 
@@ -161,9 +162,9 @@ def _check_fit(
 def _other_names(path: Path, missing: list[str], extra: list[str]) -> CheckpointError:
     parts: list[str] = []
     if missing:
-        parts.append(f"the model has no {_some(missing)}")
+        parts.append(f"the model has no {some(missing, cut=short)}")
     if extra:
-        parts.append(f"the folder has no {_some(extra)}")
+        parts.append(f"the folder has no {some(extra, cut=short)}")
     only_one_way = not (missing and extra)
     numbered = any(part.isdigit() for name in (missing or extra) for part in name.split("."))
     hint = (
@@ -172,11 +173,6 @@ def _other_names(path: Path, missing: list[str], extra: list[str]) -> Checkpoint
         else "pass a model built with the same configuration as the one that was saved"
     )
     return CheckpointError(f"{path} does not fit: {'; '.join(parts)}", hint=hint)
-
-
-def _some(names: list[str]) -> str:
-    listed = short(", ".join(names[:3]))
-    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
 
 
 def _load(path: Path, saved: Manifest, model: nn.Module) -> None:

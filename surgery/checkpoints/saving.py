@@ -280,7 +280,7 @@ class Writer:
         entries: dict[str, TensorEntry] = {}
         for number, shard in enumerate(shards, start=1):
             entries |= self.tensors(f"{stem}-{number:05d}-of-{len(shards):05d}", shard, advance)
-        total = sum(_nbytes(tensor) for _, tensor in tensors)
+        total = sum(tensor.nbytes for _, tensor in tensors)
         places = {name: entries[name].file for name, _ in tensors}
         self.text(f"{stem}.safetensors.index.json", index_of(total, places))
         return {name: entries[name] for name, _ in tensors}
@@ -346,13 +346,9 @@ def shards_of(tensors: Named, limit: int) -> list[Named]:
     shards: list[list[tuple[str, Tensor]]] = [[]]
     filled = 0
     for name, tensor in tensors:
-        if shards[-1] and filled + _nbytes(tensor) > limit:
+        if shards[-1] and filled + tensor.nbytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append((name, tensor))
-        filled += _nbytes(tensor)
+        filled += tensor.nbytes
     return cast("list[Named]", shards)
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -220,17 +220,6 @@ def _check_space(folder: Path, wanted: int) -> None:
         )
 
 
-def digest_of_file(path: Path, check_stop: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of a file, read in pieces."""
-    digest = sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            check_stop()
-            digest.update(buffer[:count])
-    return digest.hexdigest()
-
-
 def _examined(
     target: int, file: OutFile, check_stop: Callable[[], None]
 ) -> tuple[str, dict[str, int]]:

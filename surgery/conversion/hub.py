@@ -16,14 +16,14 @@ from surgery.capture.graft import stock_class
 from surgery.checkpoints import manifest
 from surgery.checkpoints.manifest import FileEntry
 from surgery.checkpoints.saving import index_of, shards_of
-from surgery.conversion.engine import digest_of_file
 from surgery.conversion.jobs import joined
 from surgery.conversion.journal import Finished
-from surgery.conversion.layout import OutFile, empty, nbytes, spots_of
+from surgery.conversion.layout import OutFile, empty, spots_of
 from surgery.conversion.output import Output
 from surgery.conversion.stock import Stock
 from surgery.exporting import provenance
 from surgery.exporting.provenance import File, Provenance
+from surgery.files import sha256_of
 from surgery.sources import describe
 from surgery.untrusted.documents import read_object
 from surgery.untrusted.paths import check_inside
@@ -90,7 +90,7 @@ class Hub(Output):
         """The index, the configuration, the small files, and ``surgery.json``."""
         if len(self.files) > 1 or self.files[0].name != f"{self._stem}{_SUFFIX}":
             places = {key: file.name for file in self.files for key, _ in file.tensors}
-            index = index_of(sum(map(nbytes, self._forms.values())), places)
+            index = index_of(sum(each.nbytes for each in self._forms.values()), places)
             (work / f"{self._stem}{_SUFFIX}.index.json").write_text(index, encoding="utf-8")
         self._copy_small(work)
         files = {
@@ -98,8 +98,7 @@ class Hub(Output):
         }
         for path in sorted(work.iterdir()):
             if path.name not in files:
-                digest = digest_of_file(path)
-                files[path.name] = File(bytes=path.stat().st_size, sha256=digest)
+                files[path.name] = File(bytes=path.stat().st_size, sha256=sha256_of(path))
         cls = stock_class(self._model)
         made = Provenance(
             export="convert",

@@ -7,11 +7,11 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any, cast
 
 from surgery.checkpoints.swap import unfinished
+from surgery.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,5 +134,4 @@ def _line(name: str, entry: Finished) -> dict[str, Any]:
 def _is_whole(path: Path, entry: Finished) -> bool:
     if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
         return False
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest() == entry.sha256
+    return sha256_of(path) == entry.sha256

@@ -42,13 +42,13 @@ class OutFile:
         at = len(self.header)
         for name, tensor in self.tensors:
             found[name] = at
-            at += nbytes(tensor)
+            at += tensor.nbytes
         return found
 
     @cached_property
     def nbytes(self) -> int:
         """Its size in bytes."""
-        return len(self.header) + sum(nbytes(tensor) for _, tensor in self.tensors)
+        return len(self.header) + sum(tensor.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ class Spot:
 def spots_of(files: Iterable[OutFile]) -> dict[str, Spot]:
     """Name → where it goes, of every tensor of some files."""
     return {name: Spot(file, start) for file in files for name, start in file.starts.items()}
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Size of a tensor's values in bytes."""
-    return tensor.numel() * tensor.element_size()
 
 
 def empty(shape: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from surgery.checkpoints.names import KeyMap
 from surgery.checkpoints.sharded import Checkpoint, Located
 from surgery.errors import CheckpointError
+from surgery.table import some
 
 #: What stands beside, or in the place of, a weight in the formats that transformers reads: block
 #: scales of fp8, GPTQ and AWQ, compressed-tensors, bitsandbytes.
@@ -66,8 +65,8 @@ class Quantised:
         unknown = [key for key in names.unknown if self.format_of(key) is None]
         missing = [name for name in names.missing if self.format_of(name) is None]
         if unknown or missing:
-            parts = [f"the model has no place for {_some(unknown)}"] if unknown else []
-            parts += [f"the model needs {_some(missing)}, which is not there"] if missing else []
+            parts = [f"the model has no place for {some(unknown)}"] if unknown else []
+            parts += [f"the model needs {some(missing)}, which is not there"] if missing else []
             raise CheckpointError(
                 f"{names.label} does not fit: {'; '.join(parts)}",
                 hint="convert the checkpoint of the architecture that its config.json names",
@@ -78,9 +77,3 @@ def _is_plain(located: Located) -> bool:
     """Whether the values of a tensor mean what they say, without scales beside them."""
     dtype = located.slot.dtype
     return not (dtype.is_floating_point and dtype.itemsize == 1)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:3])
-    return shown if len(listed) <= 3 else f"{shown} and {len(listed) - 3} more"

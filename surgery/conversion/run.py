@@ -22,7 +22,7 @@ from surgery.checkpoints.names import keymap
 from surgery.checkpoints.saving import size_of
 from surgery.checkpoints.sharded import Checkpoint, open_checkpoint
 from surgery.checkpoints.swap import continuing
-from surgery.conversion.engine import Engine, digest_of_file
+from surgery.conversion.engine import Engine
 from surgery.conversion.hub import Hub
 from surgery.conversion.journal import Journal
 from surgery.conversion.merges import changes_of
@@ -31,6 +31,7 @@ from surgery.conversion.quantised import Quantised
 from surgery.conversion.saved import Saved
 from surgery.conversion.stock import Changes, Stock
 from surgery.errors import CheckpointError
+from surgery.files import sha256_of
 from surgery.planning import RecipeLike, as_recipe, plan
 from surgery.rules import Recipe
 from surgery.sources import skeleton
@@ -298,7 +299,7 @@ def _told(
 
 def _digests(folder: Path) -> dict[str, str]:
     files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    return {path.name: digest_of_file(path) for path in files if path.is_file()}
+    return {path.name: sha256_of(path) for path in files if path.is_file()}
 
 
 def _identity(
@@ -336,7 +337,7 @@ def _hashed(
         progress.task("hashing the source", total, "bytes") as task,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for path, digest in zip(missing, pool.map(digest_of_file, missing), strict=True):
+        for path, digest in zip(missing, pool.map(sha256_of, missing), strict=True):
             journal.hash_of_source(path.name, digest)
             task.advance(path.stat().st_size)
     seconds["hash source"] = time.perf_counter() - begun

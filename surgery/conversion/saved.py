@@ -15,7 +15,7 @@ from surgery.checkpoints.saving import Content, Entries, Writer, index_of, manif
 from surgery.conversion.begun import Beginnings, kept_key
 from surgery.conversion.jobs import Job, Whole, joined
 from surgery.conversion.journal import Finished
-from surgery.conversion.layout import OutFile, empty, nbytes, spots_of
+from surgery.conversion.layout import OutFile, empty, spots_of
 from surgery.conversion.output import Output
 from surgery.conversion.stock import Stock
 from surgery.editing import note_state
@@ -75,7 +75,7 @@ class Saved(Output):
         self._note(writer, self._shards, finished)
         if len(self._shards) > 1:
             places = {name: file.name for file in self._shards for name, _ in file.tensors}
-            total = sum(map(nbytes, self._content.state.values()))
+            total = sum(each.nbytes for each in self._content.state.values())
             ordered = {name: places[name] for name in self._content.state}
             writer.text("model.safetensors.index.json", index_of(total, ordered))
         self._note(writer, [*self._buffers, *self._kept], finished)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from surgery.checkpoints.manifest import checksum
 from surgery.errors import CheckpointError, ExportError
+from surgery.files import sha256_of
+from surgery.table import some
 from surgery.untrusted.documents import parse_object, read_bytes, read_object
 from surgery.untrusted.paths import check_inside, plain_name, short
 
@@ -79,7 +80,7 @@ def beside(file: Path) -> Path:
 
 def file_of(path: Path) -> File:
     """Size and SHA-256 of a file."""
-    return File(bytes=path.stat().st_size, sha256=_sha256(path))
+    return File(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def dump(provenance: Provenance) -> str:
@@ -144,29 +145,13 @@ def check_replaceable(folder: Path) -> None:
         known = {NAME, *read(folder).files}
     except ExportError as error:
         raise ExportError(
-            f"{folder} holds {_some(present)} and no export: {error.message}",
+            f"{folder} holds {some(sorted(present), 4)} and no export: {error.message}",
             hint="export to a new or an empty folder",
         ) from None
     foreign = present - known
     if foreign:
         raise ExportError(
-            f"{folder} holds {_some(foreign)} besides an export, which exporting to it again "
-            "would delete",
+            f"{folder} holds {some(sorted(foreign), 4)} besides an export, which exporting to it "
+            "again would delete",
             hint="move it away, or export to another folder",
         )
-
-
-def checksum(data: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON-able data in one canonical spelling."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
-def _some(names: set[str]) -> str:
-    listed = ", ".join(sorted(names)[:4])
-    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"

@@ -25,11 +25,11 @@ from surgery.planning import Plan, plan
 from surgery.record import Edit
 from surgery.rules import Path, Recipe, Rule
 from surgery.select.sites import is_layer
+from surgery.table import some
 from surgery.tree import joined, named_modules, named_parameters, own_parameters
 
 _SPECIAL = re.compile(r"[*?\[\]{}]")
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 3
 
 
 def load_adapter(
@@ -165,7 +165,7 @@ def _targets(model: nn.Module, source: Source) -> list[_Target]:
         first, *_ = (path for path in modules if path and not _holds_others(modules[path]))
         raise CheckpointError(
             f"{source.where} belongs to another model: this {type(model).__name__} has no "
-            f"{_some(absent)} ({len(absent)} of {len(source.entries)} layers)",
+            f"{some(absent)} ({len(absent)} of {len(source.entries)} layers)",
             hint=f"its layers are called {first} and so on; pass the model, or the part of it, "
             "that the adapter was trained beside",
         )
@@ -455,8 +455,3 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor], source: Source) -> Non
         where[name].tensor.copy_(value)
         if where[name].is_parameter:
             parameters[name].requires_grad_(True)
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_SHOWN])
-    return listed if len(names) <= _SHOWN else f"{listed} and {len(names) - _SHOWN} more"

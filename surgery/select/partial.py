@@ -9,6 +9,7 @@ from surgery.select.match import Match
 from surgery.select.model_map import ModelMap
 from surgery.select.sites import Site
 from surgery.select.stacks import Stack
+from surgery.table import some
 
 # Selectors by which a person names layers on purpose.
 _DELIBERATE = frozenset({"path", "layers", "stack", "created_by", "except", "not"})
@@ -60,8 +61,9 @@ def _warn_of_stack(
             grouped.setdefault((tuple(layers), reason), []).append(name)
     for (layers, reason), names in grouped.items():
         among = places[names[0]].matched
+        listed = some((name or "the layer itself" for name in names), 4)
         yield (
-            f"{stack}: {_list(names)} matched in {len(among)} of {len(stack)} layers; "
+            f"{stack}: {listed} matched in {len(among)} of {len(stack)} layers; "
             f"not in {_layers(layers)}: {reason}"
         )
 
@@ -83,11 +85,6 @@ def _missed(
         if answer.key not in _DELIBERATE:
             missed.setdefault(answer.reason, []).append(layer)
     return missed
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(name or "the layer itself" for name in names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _layers(layers: Sequence[int]) -> str:

@@ -140,7 +140,7 @@ def forge(folder: FilePath, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(path.read_text())
     del data["checksum"]
     change(data)
-    data["checksum"] = manifest._checksum(data)
+    data["checksum"] = manifest.checksum(data)
     path.write_text(json.dumps(data))
 
 

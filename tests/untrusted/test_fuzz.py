@@ -232,7 +232,7 @@ def test_saved_folders(tmp_path: Path) -> None:
     def run(data: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original, folder)
-        text = json.dumps({**data, "checksum": manifest._checksum(data)})  # as an attacker would
+        text = json.dumps({**data, "checksum": manifest.checksum(data)})  # as an attacker would
         (folder / "surgery.json").write_text(text)
         model = net(1)
         with Allocations() as made:

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 from surgery import files, progress
 from surgery.errors import DataError
+from surgery.files import sha256_of
 from surgery.train.data.configs import Count, Name, Section
 from surgery.untrusted.documents import parse, read_bytes
 from surgery.untrusted.paths import check_inside, plain_name
@@ -310,8 +311,7 @@ def verify(folder: Path, index: Index) -> None:
     for shard in progress.track(shards, f"checking {folder}"):
         path = folder / shard.file
         check_shard(path, index.key, shard.tokens, width)
-        with path.open("rb") as file:
-            found = file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != shard.sha256:
             raise DataError(
                 f"{path} has changed since it was written: SHA-256 {found}, expected "

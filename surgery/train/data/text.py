@@ -12,11 +12,12 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from surgery import progress
 from surgery.errors import DataError
+from surgery.files import sha256_of
 
 STDLIB = "stdlib"
 DEFAULT_PATTERN = "**/*.txt"
@@ -231,10 +232,7 @@ def _name(file: File) -> str:
 
 
 def _digest(file: File, task: progress.Task) -> str:
-    with file.path.open("rb") as opened:
-        digest = file_digest(opened, "sha256").hexdigest()
-    task.advance(file.size)
-    return digest
+    return sha256_of(file.path, task.advance)
 
 
 def _split_files(source: str, files: Sequence[File], digests: list[str], share: float) -> Corpus:
