@@ -22,7 +22,11 @@ from surgery.train.data.base import Place
 
 def learner(name: str, *overrides: str) -> tuple[Learner, Adapting, Callable[[int], Batch]]:
     """A learner of a shipped configuration as it starts, its job, and batches of so many tasks."""
-    config = AdaptConfig.load(shipped.adaptations()[name], overrides)
+    return learner_of(AdaptConfig.load(shipped.adaptations()[name], overrides))
+
+
+def learner_of(config: AdaptConfig) -> tuple[Learner, Adapting, Callable[[int], Batch]]:
+    """The same of any configuration."""
     job = Adapting(config)
     data = job.data()
     made = Learner(config, data.facts, job.model(data), example_of(data))
