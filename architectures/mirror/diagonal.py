@@ -6,6 +6,7 @@ the special case whose control points increase; see ``Diagonal.set_control_point
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,12 +20,13 @@ class Diagonal(MirrorMap):
     """``phi = f(z)`` for every number of a tensor, f piecewise linear and increasing.
 
     The pieces are equally long and cover [-radius, radius]; the outer two go on beyond it. The
-    slopes are ``exp(log_slopes)``, so that f increases whatever the parameters are. f is computed
-    as z plus what it differs by, which is exactly zero at the start::
+    slopes are ``exp(log_slopes)``, so that f increases whatever the parameters are, as long as the
+    dtype holds the slopes::
 
-        f(z) = z + shift + Σ_k (exp(w_k) - 1) · (the length of piece k between 0 and z)
+        f(z) = shift + ∫_0^z exp(w_k(t)) dt,  k(t) the piece that t is in
 
     The Jacobian is diagonal and positive, so f is the gradient of a strictly convex potential.
+    Where two pieces meet, the derivative is that of the upper one, of f and of its inverse.
 
     Attributes:
         log_slopes: ``(pieces,)``, or ``(pieces, *shape)`` where numbers do not share them.
@@ -73,26 +75,30 @@ class Diagonal(MirrorMap):
     def forward(self, *dual: Tensor) -> tuple[Tensor, ...]:
         """``f(z)``, one tensor in the shape it has."""
         (z,) = dual
-        return (_bent(z, self.grid[1:-1], self.log_slopes) + self.shift,)
+        values = [slope * z + offset for slope, offset in self._lines()]
+        return (_picked(z, self.grid[1:-1], values) + self.shift,)
 
     def dual(self, *primal: Tensor) -> tuple[Tensor, ...]:
-        """The inverse, piecewise linear as well: the slopes and the lengths are the inverse ones.
+        """The inverse: that of each piece's line, between the values of f at the bends.
 
         Args:
             primal: One tensor in the shape it has.
         """
         (phi,) = primal
+        height = phi - self.shift
+        lines = self._lines()
         bends = [
-            _bent(torch.full_like(self.shift, point), self.grid[1:-1], self.log_slopes)
-            for point in self.grid[1:-1]
+            slope * bend + offset
+            for bend, (slope, offset) in zip(self.grid[1:-1], lines[:-1], strict=True)
         ]
-        return (_bent(phi - self.shift, bends, -self.log_slopes),)
+        return (_picked(height, bends, [(height - offset) / slope for slope, offset in lines]),)
 
     def control_points(self) -> Tensor:
         """F at the points of ``grid``: ``(pieces + 1,)`` or ``(pieces + 1, *shape)``."""
+        lines = self._lines()
         values = [
-            _bent(torch.full_like(self.shift, point), self.grid[1:-1], self.log_slopes)
-            for point in self.grid
+            slope * point + offset
+            for point, (slope, offset) in zip(self.grid, [lines[0], *lines], strict=True)
         ]
         return torch.stack(values) + self.shift
 
@@ -109,37 +115,46 @@ class Diagonal(MirrorMap):
         expected = (self.options.pieces + 1, *self.shift.shape)
         if tuple(values.shape) != expected:
             raise ValueError(f"expected control points {expected}, got {tuple(values.shape)}")
-        rises = values.diff(dim=0)
-        if not bool((rises > 0).all()):
+        slopes = values.diff(dim=0) * (self.options.pieces / (2 * self.options.radius))
+        if not bool((slopes > 0).all()):
             raise ValueError("the control points do not increase, so the map has no inverse")
-        step = 2 * self.options.radius / self.options.pieces
-        self.log_slopes.copy_((rises / step).log())
-        self.shift.zero_()
-        # With the slopes in place the curve is right but for its height.
-        self.shift.copy_(values[0] - self.control_points()[0])
+        self.log_slopes.copy_(slopes.log())
+        middle = self._middle
+        self.shift.copy_(values[middle] - slopes[middle] * self.grid[middle])
+
+    @property
+    def _middle(self) -> int:
+        """The piece that 0 is in; a point where two meet belongs to the upper one."""
+        return self.options.pieces // 2
+
+    def _lines(self) -> list[tuple[Tensor, Tensor]]:
+        """Slope and offset of the line that each piece of ``f - shift`` is a part of.
+
+        Not as a sum over the pieces below z: where a slope is small against others, the rounding
+        of such a sum hides it, and f no longer increases.
+        """
+        slopes = self.log_slopes.exp().unbind(0)
+        middle, bends = self._middle, self.grid[1:-1]
+        offsets = [torch.zeros_like(self.shift)]
+        for k in range(middle, len(bends)):
+            offsets.append(offsets[-1] + (slopes[k] - slopes[k + 1]) * bends[k])
+        for k in reversed(range(middle)):
+            offsets.insert(0, offsets[0] + (slopes[k + 1] - slopes[k]) * bends[k])
+        return list(zip(slopes, offsets, strict=True))
 
 
-def _bent(z: Tensor, bends: Any, log_slopes: Tensor) -> Tensor:
-    """A piecewise linear curve through 0 at z.
+def _picked(at: Tensor, bends: Sequence[float | Tensor], values: Sequence[Tensor]) -> Tensor:
+    """For every number the value of the piece that it is in.
+
+    One piece alone, also where two meet: clamped to the extent of each, a number there would have
+    a part in none or in both, and the derivative would be no slope of the curve.
 
     Args:
-        z: Any shape.
-        bends: Where one piece ends and the next begins, increasing; numbers or tensors.
-        log_slopes: Logarithm of the slope of each piece, one more than there are bends.
+        at: Any shape.
+        bends: Where one piece ends and the next begins, increasing.
+        values: What each piece makes of ``at``, one more than there are bends.
     """
-    zero = torch.zeros_like(z)
-    bent = z
-    for k, slope in enumerate(torch.expm1(log_slopes).unbind(0)):
-        low = bends[k - 1] if k else None
-        high = bends[k] if k < len(bends) else None
-        bent = bent + slope * (_within(z, low, high) - _within(zero, low, high))
-    return bent
-
-
-def _within(z: Tensor, low: Any, high: Any) -> Tensor:
-    if low is None and high is None:
-        return z
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        z = z if low is None else torch.maximum(z, low)
-        return z if high is None else torch.minimum(z, high)
-    return z.clamp(low, high)
+    picked = values[0]
+    for bend, value in zip(bends, values[1:], strict=True):
+        picked = torch.where(at >= bend, value, picked)
+    return picked

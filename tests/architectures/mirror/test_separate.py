@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -170,12 +173,78 @@ def test_a_prox_that_does_not_increase_is_no_mirror_map() -> None:
         made.set_control_points(torch.arange(5.0))
 
 
-def test_it_increases_whatever_its_parameters_are() -> None:
-    made = Diagonal([(400,)], dtype=torch.float64)
+def curve(log_slopes: list[float], dtype: torch.dtype, size: int = 1) -> Diagonal:
+    options = Diagonal.Options(pieces=len(log_slopes))
+    made = Diagonal([(size,)], options=options, dtype=dtype)
     with torch.no_grad():
-        made.log_slopes.copy_(torch.tensor([-15.0, 5, -10, 8, -2]))
-        made.shift.fill_(3)
-    assert bool((made(torch.linspace(-5, 5, 400, dtype=torch.float64))[0].diff() > 0).all())
+        made.log_slopes.copy_(torch.tensor(log_slopes))
+        made.shift.zero_()
+    return made.requires_grad_(False)
+
+
+def integral(made: Diagonal, z: float) -> tuple[float, float]:
+    """∫ of the slopes from 0 to z in exact fractions, and the slope at z."""
+    inner = [Fraction(point) for point in made.grid[1:-1]]
+    ends = [-(10**6), *inner, 10**6]
+    slopes = [Fraction(math.exp(w)) for w in made.log_slopes.tolist()]
+    upto = [
+        sum(s * (min(max(at, a), b) - a) for s, a, b in zip(slopes, ends, ends[1:], strict=False))
+        for at in (Fraction(0), Fraction(z))
+    ]
+    return float(upto[1] - upto[0]), float(slopes[sum(point <= z for point in inner)])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    raw=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_it_is_the_integral_of_its_slopes_whatever_they_are(
+    raw: list[float], dtype: torch.dtype
+) -> None:
+    """So it increases, as the slopes are positive: also where rounding would hide a small one."""
+    made = curve(raw, dtype)
+    z = torch.tensor(
+        [-7.0, -2.1, -1.3, -0.9, -0.3, -1e-3, 0.0, 1e-5, 0.2, 0.7, 1.5, 3], dtype=dtype
+    )
+    for at, phi in zip(z.tolist(), made(z)[0].tolist(), strict=True):
+        expected, slope = integral(made, at)
+        # A few roundings, of the value and of the product with the slope there.
+        room = 8 * torch.finfo(dtype).eps * (abs(expected) + slope * abs(at))
+        assert abs(phi - expected) <= room
+
+
+@pytest.mark.parametrize("log_slope", [-15.0, 15.0])
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_flat_and_steep_curves_increase_and_invert_in_float32(
+    log_slope: float, pieces: int
+) -> None:
+    made, z = curve([log_slope] * pieces, torch.float32), torch.linspace(-5, 5, 2001)
+    phi = made(z)[0]
+    assert bool((phi.diff() > 0).all())
+    # Slopes of 3e-7 and 3e6: some units in the last place of z.
+    torch.testing.assert_close(made.dual(phi)[0], z, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 5])
+@pytest.mark.parametrize("log_slope", [-2.0, 0.5])
+def test_the_derivative_where_pieces_meet(pieces: int, log_slope: float) -> None:
+    """Of even numbers of pieces two meet at 0, where many parameters begin."""
+    slopes = [log_slope + 0.1 * k for k in range(pieces)]
+    made = curve(slopes, torch.float64)
+    bends = torch.tensor(made.grid[1:-1], dtype=torch.float64)
+    derivative = torch.func.vmap(grad(lambda z: made(z)[0]))(bends)
+    upper = made.log_slopes[1:].exp()
+    torch.testing.assert_close(derivative, upper, rtol=1e-12, atol=0)
+    inverse = torch.func.vmap(grad(lambda phi: made.dual(phi)[0]))(made(bends)[0])
+    torch.testing.assert_close(inverse, 1 / upper, rtol=1e-12, atol=0)
+
+
+def test_numbers_without_end_stay_what_they_are() -> None:
+    """A mask of -inf that is a parameter."""
+    made, z = curve([0.0] * 5, torch.float32), torch.tensor([math.inf, -math.inf, 1.0])
+    assert torch.equal(made(z)[0], z)
+    assert torch.equal(made.dual(z)[0], z)
 
 
 # Legendre.
