@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from surgery.errors import SurgeryError
@@ -44,3 +45,19 @@ def finetuning() -> dict[str, Path]:
 def adaptations() -> dict[str, Path]:
     """Shipped configurations of fast adaptation by name, the name being the file's stem."""
     return {path.stem: path for path in sorted((configs() / "adapt").glob("*.yaml"))}
+
+
+def file_or_shipped(given: str | Path, known: Mapping[str, Path]) -> Path | None:
+    """The file that is meant: a path, or the name of a shipped one.
+
+    Args:
+        given: A path or a name. A file wins over a shipped one of the same name, a folder does not.
+        known: The shipped ones by name.
+
+    Returns:
+        The path, whether a file is there or not; None for a name without suffix where nothing is.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    return known.get(str(given), path if path.suffix or path.exists() else None)

@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(Path(__file__).parent)]
 from harness import Ratio, as_data, interleave, table  # noqa: E402
 from problems import as_number, learner_of, peak_bytes  # noqa: E402
 
-from surgery import files, shipped  # noqa: E402
+from surgery import files  # noqa: E402
 from surgery.table import human_bytes  # noqa: E402
 from surgery.train.adapt.config import AdaptConfig  # noqa: E402
 from surgery.train.adapt.run import adapt  # noqa: E402
@@ -167,7 +167,7 @@ def configuration(problem: str, method: str, seed: int, steps: int | None) -> Ad
     ]
     maps = [each.removeprefix("map:") for each in METHODS[method] if each.startswith("map:")]
     overrides += [f"rules={json.dumps(mirror(name))}" for name in maps]
-    return AdaptConfig.load(shipped.adaptations()[chosen.config], overrides)
+    return AdaptConfig.load(chosen.config, overrides)
 
 
 def mirror(name: str) -> dict[str, Any]:

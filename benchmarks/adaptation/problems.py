@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from surgery import shipped
 from surgery.train.adapt.config import AdaptConfig
 from surgery.train.adapt.inner import Meta
 from surgery.train.adapt.learner import Batch, Learner
@@ -22,7 +21,7 @@ from surgery.train.data.base import Place
 
 def learner(name: str, *overrides: str) -> tuple[Learner, Adapting, Callable[[int], Batch]]:
     """A learner of a shipped configuration as it starts, its job, and batches of so many tasks."""
-    return learner_of(AdaptConfig.load(shipped.adaptations()[name], overrides))
+    return learner_of(AdaptConfig.load(name, overrides))
 
 
 def learner_of(config: AdaptConfig) -> tuple[Learner, Adapting, Callable[[int], Batch]]:

@@ -165,12 +165,13 @@ def configurations(
     """Configuration files, and the overrides among them."""
     changes = [each for each in given if "=" in each and not Path(each).exists()]
     names = [each for each in given if each not in changes]
-    # A file wins over a shipped configuration of the same name.
-    found = {name: Path(name) for name in names if Path(name).exists()}
+    found = list[Path]()
     for name in names:
-        if name not in found and name not in shipped_ones and not Path(name).suffix:
+        path = shipped.file_or_shipped(name, shipped_ones)
+        if path is None:
             raise typer.BadParameter(
                 f"{name!r} is no file and no shipped configuration; "
                 f"{registry.suggest(name, shipped_ones)}"
             )
-    return [found[n] if n in found else shipped_ones.get(n, Path(n)) for n in names], changes
+        found.append(path)
+    return found, changes

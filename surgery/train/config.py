@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails
 
+from surgery import shipped
 from surgery.errors import RuleError
 from surgery.rules import Recipe, Where
 from surgery.rules import yaml as yaml_text
@@ -286,11 +287,16 @@ class Configuration(Section):
         yield from ()
 
     @classmethod
+    def shipped(cls) -> dict[str, Path]:
+        """The files of this kind that ship with the library, by name."""
+        return {}
+
+    @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a configuration file.
 
         Args:
-            path: A YAML file.
+            path: A YAML file, or the name of a shipped configuration of this kind.
             overrides: ``KEY=VALUE`` with dotted keys, such as ``train.steps=10``; values are
                 read as YAML.
 
@@ -300,7 +306,7 @@ class Configuration(Section):
         """
         from surgery.train import reading
 
-        return reading.load(cls, Path(path), overrides)
+        return reading.load(cls, path, overrides)
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
@@ -351,6 +357,11 @@ class PretrainConfig(Configuration):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @classmethod
+    def shipped(cls) -> dict[str, Path]:
+        """The files of this kind that ship with the library, by name."""
+        return shipped.pretraining()
 
     def contradictions(self) -> Iterator[Problem]:
         """What does not go together where each section is in order."""

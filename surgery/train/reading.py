@@ -16,6 +16,7 @@ from surgery.registry import suggest
 from surgery.rules import Recipe, yaml
 from surgery.rules.explain import Problem, describe, dotted, explain, within
 from surgery.rules.yaml import Loc, Mark, child, locate
+from surgery.shipped import file_or_shipped
 from surgery.train.config import Configuration
 
 C = TypeVar("C", bound=Configuration)
@@ -30,8 +31,15 @@ class Override:
     text: str
 
 
-def load(kind: type[C], path: Path, overrides: Sequence[str]) -> C:
+def load(kind: type[C], given: str | Path, overrides: Sequence[str]) -> C:
     """Read a configuration file; see ``Configuration.load``."""
+    known = kind.shipped()
+    path = file_or_shipped(given, known)
+    if path is None:
+        raise ConfigError(
+            f"{str(given)!r} is no file and no shipped configuration",
+            hint=suggest(str(given), known),
+        )
     try:
         content = yaml.read(path, "configuration file", "YAML files", ConfigError)
         data, start = yaml.load(yaml.decode(content, str(path)), str(path))

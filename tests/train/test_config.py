@@ -10,7 +10,9 @@ import torch
 
 from surgery import shipped
 from surgery.errors import ConfigError
+from surgery.train.adapt.config import AdaptConfig
 from surgery.train.config import PretrainConfig
+from surgery.train.finetune.config import FinetuneConfig
 
 TINY = """\
 version: 1
@@ -124,6 +126,36 @@ def test_a_file_that_is_missing_is_told_with_its_neighbours(file: Path):
         PretrainConfig.load(file.with_name("tinny.yaml"))
     with pytest.raises(ConfigError, match="this is a folder"):
         PretrainConfig.load(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (PretrainConfig, "llama-tiny"),
+        (FinetuneConfig, "minilm-lora"),
+        (AdaptConfig, "sinusoid-maml"),
+    ],
+)
+def test_a_shipped_configuration_is_loaded_by_name(
+    kind: type[PretrainConfig | FinetuneConfig | AdaptConfig],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert kind.load(name, ["seed=7"]) == kind.load(kind.shipped()[name], ["seed=7"])
+    # A folder of that name, such as a run's, is none; a file is.
+    (tmp_path / name).mkdir()
+    assert kind.load(name).name == name
+    (tmp_path / name).rmdir()
+    own = {**kind.load(name).dump(), "name": "mine"}
+    (tmp_path / name).write_text(kind.parse(own).to_yaml())
+    assert kind.load(name).name == "mine"
+
+
+def test_a_name_that_is_neither_file_nor_shipped_is_told():
+    with pytest.raises(ConfigError, match=r"no file and no shipped .*\n.*mean 'minilm-lora'"):
+        FinetuneConfig.load("minilm-lra")
 
 
 def test_rules_start_at_the_file_that_names_them_and_become_part_of_it(tmp_path: Path):

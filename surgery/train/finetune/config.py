@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
+from surgery import shipped
 from surgery.rules import Where
 from surgery.rules.explain import Problem
 from surgery.train.config import (
@@ -102,6 +104,11 @@ class FinetuneConfig(Configuration):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: FinetuneCheckpoint = FinetuneCheckpoint()
     log: LogConfig = LogConfig()
+
+    @classmethod
+    def shipped(cls) -> dict[str, Path]:
+        """The files of this kind that ship with the library, by name."""
+        return shipped.finetuning()
 
     def contradictions(self) -> Iterator[Problem]:
         """What does not go together where each section is in order."""
