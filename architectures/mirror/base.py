@@ -4,7 +4,8 @@
 
 Mirror descent steps in the dual, ``z <- z - a · dL/dphi``, without the Jacobian of T; the
 parameters of T itself are what is meta-learned (arXiv 2312.13486). Every map here starts as the
-identity in every bit, so that a model it is put into computes as before.
+identity in every bit (save that a negative zero becomes a positive one), so that a model it is put
+into computes as before. All numbers must be finite for that: some maps sum over them.
 """
 
 from __future__ import annotations

@@ -46,6 +46,10 @@ class BlockIAF(MirrorMap):
     The Jacobian is block lower triangular with a positive diagonal, so the map is invertible; it
     is not symmetric, hence not the gradient of a potential (see ``Legendre``).
 
+    Every encoder ends with a ReLU, and every decoder begins with one. Where the embedding is a
+    single number, as of small tensors, it is often off: its encoder gets no gradient until a
+    tensor moves it above zero.
+
     Attributes:
         first: Log-scale and shift of every tensor of the first block.
         encoders: One for each tensor but those of the last block.
@@ -93,7 +97,7 @@ class BlockIAF(MirrorMap):
             raise ValueError(f"shrink has factors of 1 or more, got {self.options.shrink!r}")
 
     def start(self, generator: torch.Generator | None) -> None:
-        """Zero what scales and shifts, draw everything else."""
+        """Zero what scales and shifts, as the authors do; draw everything else, in our own way."""
         if any(parameter.is_meta for parameter in self.parameters()):
             return
         for each in self._first():

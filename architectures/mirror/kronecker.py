@@ -43,10 +43,10 @@ class KroneckerLinear(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator | None) -> None:
-        """Draw all parameters, with the spread that ``nn.Linear`` has for as many inputs."""
+        """Draw all parameters so that outputs have the size of inputs (this project's choice)."""
         inputs = 1
         for weight in matrices(self):
-            # Uniform within ±√3/√n has a variance of 1/n: products keep the size of their input.
+            # Uniform within ±√3/√n has a variance of 1/n: each mode keeps the size of its input.
             draw_uniform(weight, math.sqrt(3 / weight.shape[1]), generator)
             inputs *= weight.shape[1]
         draw_uniform(self.bias, 1 / math.sqrt(inputs), generator)

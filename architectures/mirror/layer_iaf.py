@@ -1,4 +1,9 @@
-"""LayerIAF: the per-tensor variant of the authors' inverse mirror map (arXiv 2312.13486)."""
+"""LayerIAF: the per-tensor variant of the authors' inverse mirror map (arXiv 2312.13486).
+
+Our own reading: that their variant is per tensor is known, its code was not at hand. A layer is
+taken to be one tensor, as in the names of BlockIAF's parts (``layer_encoders.<tensor>``), and all
+else as in BlockIAF.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,10 @@ class LayerOptions:
 
 
 class LayerIAF(BlockIAF):
-    """``BlockIAF`` with every tensor a block of its own: each depends on all before it."""
+    """``BlockIAF`` with every tensor a block of its own: each depends on all before it.
+
+    This reading is our own, not the authors' numbers: see the head of this file.
+    """
 
     Options: ClassVar[type] = LayerOptions
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,65 @@ def test_the_sizes_of_the_authors_network() -> None:
     assert count(made.autoregressors) + count(made.first) == 95_481
     assert count(made) == 66_117 + 3_285_937 + 95_481 == 3_447_535
     assert round(count(made) / 121_093, 1) == 28.5
+
+
+# The published formulas once more, written apart from the code, for shapes the golden numbers lack.
+
+
+def kron(x: Tensor, parts: dict[str, Tensor], of: str) -> Tensor:
+    """A Kronecker-linear layer as one matrix: the product of those of its modes, row-major."""
+    matrix = torch.ones(1, 1, dtype=x.dtype)
+    for mode in range(parts[f"{of}.bias"].dim()):
+        matrix = torch.kron(matrix, parts[f"{of}.weights.{mode}"])
+    return (matrix @ x.flatten()).view(parts[f"{of}.bias"].shape) + parts[f"{of}.bias"]
+
+
+def by_formula(made: MirrorMap, blocks: list[list[int]], layers: int, z: list[Tensor]) -> Any:
+    parts, phi = made.state_dict(), list[Tensor]()
+    seen = torch.zeros(0, dtype=torch.float64)
+    for number, block in enumerate(blocks):
+        if number:
+            hidden = parts[f"autoregressors.{number - 1}.weight"] @ seen
+            hidden = hidden + parts[f"autoregressors.{number - 1}.bias"]
+        for i in block:
+            if number == 0:
+                log_scale, shift = parts[f"first.{i}.log_scale"], parts[f"first.{i}.shift"]
+            else:
+                of = f"decoders.{i - len(blocks[0])}"
+                entry = f"{of}.layers.0" if layers > 1 else f"{of}.shift"
+                width = math.prod(
+                    parts[f"{entry}.weights.{mode}"].shape[1]
+                    for mode in range(parts[f"{entry}.bias"].dim())
+                )
+                x, hidden = hidden[:width].relu(), hidden[width:]
+                for layer in range(layers - 1):
+                    x = kron(x, parts, f"{of}.layers.{layer}").relu()
+                log_scale = kron(x, parts, f"{of}.log_scale").view(z[i].shape)
+                shift = kron(x, parts, f"{of}.shift").view(z[i].shape)
+            phi.append(z[i] * log_scale.exp() + shift)
+        for i in block if block is not blocks[-1] else []:
+            e = z[i]
+            for layer in range(layers):
+                e = kron(e, parts, f"encoders.{i}.layers.{layer}").relu()
+            seen = torch.cat([seen, e.flatten()])
+    return phi
+
+
+BLOCKS: dict[str, tuple[list[list[int]], int]] = {
+    "blocks of four": ([[0, 1, 2, 3], [4, 5, 6, 7]], 3),
+    "blocks of three": ([[0, 1, 2], [3, 4, 5], [6, 7]], 2),
+    "one block": ([[0, 1, 2, 3, 4, 5, 6, 7]], 3),
+    "a block per module": ([[0], [1, 2], [3], [4, 5, 6], [7]], 1),
+    "layer_iaf": ([[0], [1], [2], [3], [4], [5], [6], [7]], 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_published_formulas(case: str) -> None:
+    made, z = randomised(CASES[case]()), numbers(SHAPES)
+    for output, expected in zip(made(*z), by_formula(made, *BLOCKS[case], z), strict=True):
+        # The order of sums differs.
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
 
 
 # Structure.

@@ -204,9 +204,8 @@ def test_it_is_the_integral_of_its_slopes_whatever_they_are(
 ) -> None:
     """So it increases, as the slopes are positive: also where rounding would hide a small one."""
     made = curve(raw, dtype)
-    z = torch.tensor(
-        [-7.0, -2.1, -1.3, -0.9, -0.3, -1e-3, 0.0, 1e-5, 0.2, 0.7, 1.5, 3], dtype=dtype
-    )
+    points = [-7.0, -2.1, -1.3, -0.9, -0.3, -1e-3, 0.0, 1e-5, 0.2, 0.7, 1.5, 3.0]
+    z = torch.tensor(points, dtype=dtype)
     for at, phi in zip(z.tolist(), made(z)[0].tolist(), strict=True):
         expected, slope = integral(made, at)
         # A few roundings, of the value and of the product with the slope there.
