@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import ModelStateError
-from surgery.passes.base import ApplyContext, Pass, in_force, passes_of
+from surgery.passes.base import ApplyContext, Pass, in_force, passes_of, spared
 from surgery.record import Edit, Operation, Record, record_of, set_record
 from surgery.save_guard import check_unguardable, guard
 from surgery.tree import named_parameters
@@ -212,13 +212,12 @@ def _freeze(
     takebacks: list[Callable[[], None]],
 ) -> None:
     """Turn gradients off where a pass wants it, and log which were on."""
-    earlier = record_of(model) or Record()
-    created = {*earlier.added, *Record([operation]).added}
+    kept = spared(record_of(model) or Record(), operation.edits, passes)
     parameters = dict(named_parameters(model))
     wanted: dict[str, None] = {}
     for rule, made in passes.items():
         edits = [edit for edit in operation.edits if edit.rule == rule]
-        wanted.update(dict.fromkeys(made.frozen(model, edits, created)))
+        wanted.update(dict.fromkeys(made.frozen(model, edits, kept)))
     for name in wanted:
         parameter = parameters[name]
         if parameter.requires_grad:

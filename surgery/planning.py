@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.editing import carry_out
 from surgery.errors import Conflict, ModelStateError, NoMatch, RuleError, SurgeryError
-from surgery.passes.base import Pass, PlanContext
+from surgery.passes.base import Pass, PlanContext, spared
 from surgery.preflight import preflight
 from surgery.record import Contract, Edit, Operation, Record, record_of
 from surgery.rules import Recipe, Rule
@@ -343,12 +343,11 @@ def _named(rule: Rule, call: Callable[[], T]) -> T:
 
 def _totals(model: nn.Module, edits: Sequence[Edit], passes: Mapping[str, Pass]) -> Totals:
     added = {name: spec for edit in edits for name, spec in edit.adds.items()}
-    record = record_of(model) or Record()
-    created = {*record.added, *(name for edit in edits for name in edit.adds)}
+    kept = spared(record_of(model) or Record(), edits, passes)
     frozen: set[str] = set()
     for rule, made in passes.items():
         own = [edit for edit in edits if edit.rule == rule]
-        frozen.update(made.frozen(model, own, created))
+        frozen.update(made.frozen(model, own, kept))
     still = frozen.union(*(edit.removes for edit in edits))
     stock = dict(named_parameters(model, duplicates=False))
     trainable = sum(p.numel() for name, p in stock.items() if p.requires_grad and name not in still)

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from surgery.capture.graft import check_graftable, graft, grafts, stock_class, ungraft
 from surgery.errors import ExportError
-from surgery.passes.base import in_force
+from surgery.passes.base import Pass, in_force
 from surgery.record import Edit, Record, added_names, record_of
-from surgery.tree import named_modules
+from surgery.registry import PASSES
+from surgery.tree import named_modules, named_parameters
 
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+_TO_UNDO = "undo the rewrites"
 
 
 class GuardedModel(_Module):
@@ -43,8 +46,8 @@ class GuardedModel(_Module):
                 f"as the model without its rewrites, such as that of {apart.site} "
                 f"({apart.summary})",
                 hint="surgery.save(model, folder) keeps them, and surgery.export(model, folder, "
-                "format=...) writes them for others; or merge the adapters into the weights, or "
-                "undo the rewrites, and call save_pretrained again",
+                f"format=...) writes them for others; or {to_settle(apart) or _TO_UNDO}, and call "
+                "save_pretrained again",
             )
         added = added_names(self)
 
@@ -109,10 +112,23 @@ def not_baked(model: nn.Module, record: Record) -> list[Edit]:
     ]
 
 
+def to_settle(edit: Edit) -> str:
+    """How to have stock weights alone express an edit, in a few words; empty if nothing does."""
+    return cast("type[Pass]", PASSES.get(edit.pass_name)).settled_by
+
+
 def first_baked(model: nn.Module, record: Record) -> Edit | None:
     """The first edit in force that is in the stock weights themselves, as after a merge."""
     apart = not_baked(model, record)
-    return next((edit for edit in record.edits if edit not in apart), None)
+    baked = (edit for edit in record.edits if edit not in apart)
+    return next((edit for edit in baked if not within_inserted(model, record, edit)), None)
+
+
+def within_inserted(model: nn.Module, record: Record, edit: Edit) -> bool:
+    """Whether all that an edit uses was inserted by edits, such as the factors of adapters."""
+    inserted = {name for each in record.edits for name in each.adds}
+    used = edit.uses.keys() & {name for name, _ in named_parameters(model)}
+    return bool(used) and used <= inserted
 
 
 @cache

@@ -174,7 +174,8 @@ def _refuse_baked(model: nn.Module, record: Record) -> None:
         raise CheckpointError(
             f"what was inserted at {baked.site} is merged into the stock weight, so it cannot be "
             "saved without it",
-            hint="call surgery.adapters.unmerge(model) first, or save the whole model",
+            hint="take it out first (surgery.adapters.unmerge of adapters, surgery.undo of a map "
+            "that was baked in), or save the whole model",
         )
 
 

@@ -21,7 +21,7 @@ from surgery.passes.lowrank import LowRank
 from surgery.passes.payload import places_of
 from surgery.record import Edit, Record, record_of, set_record
 from surgery.rules.strict import options
-from surgery.save_guard import guard, not_baked
+from surgery.save_guard import guard, not_baked, to_settle
 from surgery.sources import Example
 from surgery.sources.libraries import library_of
 from surgery.tree import named_parameters
@@ -54,9 +54,10 @@ class Merged(Format):
         record = record_of(model) or Record()
         lasting = [e for e in not_baked(model, record) if e.pass_name != LowRank.name]
         if lasting:
+            way_out = to_settle(lasting[0])
             return (
                 f"rule {lasting[0].rule!r} changed {lasting[0].site} ({lasting[0].summary}), which "
-                "the stock class does not compute"
+                "the stock class does not compute" + (f"; {way_out}" if way_out else "")
             )
         return None
 

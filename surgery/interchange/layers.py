@@ -24,6 +24,7 @@ from surgery.passes.lowrank import LowRank
 from surgery.passes.payload import places_of
 from surgery.record import Edit, Record, record_of
 from surgery.registry import ADAPTERS, suggest
+from surgery.save_guard import not_baked, to_settle, within_inserted
 from surgery.tree import joined, own_parameters
 
 
@@ -78,15 +79,25 @@ def why_not_low_rank(model: nn.Module) -> str | None:
     record = record_of(model)
     if record is None:
         return "it has no adapters; put some in with a lowrank rule"
-    other = next((edit for edit in record.edits if edit.pass_name != LowRank.name), None)
+    other = next(_beside_adapters(model, record), None)
     if other is not None:
+        way_out = to_settle(other) if within_inserted(model, record, other) else ""
         return (
             f"rule {other.rule!r} also changed {other.site} ({other.summary}), which an adapter "
-            "beside the stock model does not hold"
+            "beside the stock model does not hold" + (f"; {way_out}" if way_out else "")
         )
     if merged(model):
         return "its adapters are merged into the weights; call surgery.adapters.unmerge first"
     return next((reason for edit, made in _edits(record) if (reason := _folding(edit, made))), None)
+
+
+def _beside_adapters(model: nn.Module, record: Record) -> Iterator[Edit]:
+    """The edits that did something else than put adapters in, or bake values into their factors."""
+    apart = not_baked(model, record)
+    for edit in record.edits:
+        of_another = edit.pass_name != LowRank.name
+        if of_another and (edit in apart or not within_inserted(model, record, edit)):
+            yield edit
 
 
 def _folding(edit: Edit, made: LowRank) -> str | None:

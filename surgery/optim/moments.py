@@ -35,7 +35,7 @@ from surgery.errors import ModelStateError
 
 _ADAM = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
-#: Where an ascent keeps its direction in an optimizer's state; a mean of gradients like a first moment.
+#: Where an ascent keeps its direction in an optimizer's state: a mean of gradients, as a moment is.
 ASCENT = "ascent"
 
 #: Optimizers that step with gradients taken uphill → the directions that become state in this step.

@@ -41,8 +41,8 @@ class Ascent:
     a gradient in some step counts as one whose gradient is zero.
 
     Rules of adapters (``StepRule``) see the factors at w and the gradient at w + ε. Those that can
-    work with that are attached after it. One that changes the coordinates of the factors (RefLoRA-S)
-    changes those of d as well, as those of moments.
+    work with that are attached after it. One that changes the coordinates of the factors
+    (RefLoRA-S) changes those of d as well, as those of moments.
 
     Args:
         optimizer: Of the parameters.

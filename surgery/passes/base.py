@@ -96,6 +96,8 @@ class Pass(ABC):
     #: Whether ``begin`` depends on nothing but what the edit ``needs``, so that edits may be begun
     #: in any order.
     separable: ClassVar[bool] = False
+    #: What puts what it computes into the stock weights themselves, for hints; empty for nothing.
+    settled_by: ClassVar[str] = ""
 
     @abstractmethod
     def accepts(self, site: Site) -> Match:
@@ -138,15 +140,23 @@ class Pass(ABC):
         """``Class.method`` → the Python that an edit would put in its place, for people to read."""
         return {}
 
+    def trains(self, edit: Edit) -> Mapping[str, str]:
+        """The stock parameters that an edit makes something to be trained, which no rule freezes.
+
+        Returns:
+            Name → a tensor that the edit added; it holds as long as that tensor is there.
+        """
+        return {}
+
     def frozen(
-        self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
+        self, model: nn.Module, edits: Sequence[Edit], spared: AbstractSet[str]
     ) -> Iterable[str]:
         """Names of the parameters that must stop requiring gradients once ``edits`` are applied.
 
         Args:
             model: The model, with every edit of the recipe applied.
             edits: The edits of this pass's rule.
-            created: Names of all tensors that any edit, of this recipe or an earlier one, added.
+            spared: What is no part of a rest that is frozen; see the function of that name.
         """
         return ()
 
@@ -236,6 +246,25 @@ def passes_of(operation: Operation) -> dict[str, Pass]:
     did = {edit.rule for edit in operation.edits}
     rules = Recipe.parse(operation.recipe).rules
     return {rule.id: cast("Pass", rule.options) for rule in rules if rule.id in did}
+
+
+def spared(record: Record, edits: Iterable[Edit], passes: Mapping[str, Pass]) -> set[str]:
+    """Names of what was added by any edit, and of the stock parameters that one ``trains``.
+
+    Args:
+        record: What was applied before.
+        edits: What is applied now.
+        passes: Rule id → the pass of these.
+    """
+    added: set[str] = set()
+    trained: dict[str, str] = {}
+    now = ((passes[edit.rule], edit) for edit in edits)
+    for made, edit in (*((made, edit) for made, edit, _ in in_force(record)), *now):
+        gone = set(edit.removes)
+        trained = {name: by for name, by in trained.items() if by not in gone}
+        trained.update(made.trains(edit))
+        added = {*(added - gone), *edit.adds}
+    return {*added, *trained}
 
 
 def in_force(record: Record) -> Iterator[tuple[Pass, Edit, ApplyContext]]:

@@ -96,7 +96,7 @@ class Freeze(Pass):
         return [*frozen, *propose_baking(sites, context, self.keep_base)]
 
     def frozen(
-        self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
+        self, model: nn.Module, edits: Sequence[Edit], spared: AbstractSet[str]
     ) -> Iterable[str]:
         """The coefficients that were learned."""
         for edit in edits:

@@ -99,13 +99,15 @@ class LowRank(Pass):
             it) is done from: a copy in ``memory``, the ``source`` that the model was loaded from,
             or ``none``, which makes undo inexact or impossible.
         freeze: What stops requiring gradients: every parameter of the ``model`` that no rewrite
-            added, those of the adapted ``sites``, or ``none``.
+            added, those of the adapted ``sites``, or ``none``. What a mirror map is over is to be
+            trained, and goes on requiring them.
         options: Options of the method's own, such as ``{warmup: 100}``; docs/methods.md lists
             them.
     """
 
     name: ClassVar[str] = "lowrank"
     separable: ClassVar[bool] = True
+    settled_by: ClassVar[str] = "merge the adapters with surgery.adapters.merge(model)"
 
     method: Annotated[str, AfterValidator(known_method)] = "lora"
     rank: Annotated[int, Field(ge=1)] = 8
@@ -196,13 +198,13 @@ class LowRank(Pass):
         return list(edits.values())
 
     def frozen(
-        self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
+        self, model: nn.Module, edits: Sequence[Edit], spared: AbstractSet[str]
     ) -> Iterable[str]:
-        """Every stock parameter, those of the adapted modules, or none."""
+        """Every stock parameter, those of the adapted modules, or none; no dual of a map."""
         if self.freeze == "none":
             return ()
         each_once = named_parameters(model, duplicates=False)
-        stock = [name for name, _ in each_once if name not in created]
+        stock = [name for name, _ in each_once if name not in spared]
         if self.freeze == "model":
             return stock
         places = [place for edit in edits for place in places_of(edit)]

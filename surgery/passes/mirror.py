@@ -36,7 +36,14 @@ from surgery.rules import Where, options
 from surgery.select import Match, ModelMap, Site
 from surgery.select.sites import is_layer, own_children
 from surgery.table import human_count
-from surgery.tree import children, joined, named_modules, named_parameters, own_parameters
+from surgery.tree import (
+    children,
+    joined,
+    named_modules,
+    named_parameters,
+    own_buffers,
+    own_parameters,
+)
 
 
 @options
@@ -54,13 +61,16 @@ class Mirror(Pass):
             layers came with.
         dtype: Of the map's parameters, which is what it computes in; by default that of the
             mapped ones, float32 at least.
-        freeze: What stops requiring gradients: the ``rest`` of the stock model, which is not
-            mapped, or ``none``.
+        freeze: What stops requiring gradients: the ``rest`` of the stock model, which no rule
+            maps, or ``none``. No other rule freezes what is mapped, before or after this one.
         options: Options of the map's own, such as ``{blocks: 4, shrink: [2, 2, 2]}``;
             docs/mirror.md lists them.
     """
 
     name: ClassVar[str] = "mirror"
+    settled_by: ClassVar[str] = (
+        "freeze the maps first, with surgery.apply(model, Rule(surgery.Freeze()))"
+    )
 
     map: Annotated[str, AfterValidator(known_map)] = "diagonal"
     parameters: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -128,6 +138,7 @@ class Mirror(Pass):
         """One edit for all sites if the map couples them, else one for each module."""
         members = list(self._members(sites, context))
         _check_storage(members, context)
+        _check_values(members)
         check_carrier(context.model, "")
         for member in members:
             _check_others(member, context)
@@ -147,8 +158,20 @@ class Mirror(Pass):
         """Yes: it scales parameters, which are often zero, and encoders end with a ReLU."""
         return True
 
+    def trains(self, edit: Edit) -> Mapping[str, str]:
+        """The duals, until their map is baked in."""
+        found: dict[str, str] = {}
+        for made in edit.payload["maps"]:
+            start = f"{_prefix(made)}."
+            first = next(name for name in edit.adds if name.startswith(start))
+            found.update((joined(path, name), first) for path, name in made["members"])
+        return found
+
     def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
-        """That the maps have more parameters than what they map."""
+        """That duals are frozen, and that the maps have more parameters than what they map."""
+        return [*_frozen_duals(edits, context), *self._too_large(edits)]
+
+    def _too_large(self, edits: Sequence[Edit]) -> Sequence[str]:
         added = sum(spec.numel for edit in edits for spec in edit.adds.values())
         below = sum(math.prod(shape) for edit in edits for shape in _shapes(edit))
         if added <= below:
@@ -160,14 +183,13 @@ class Mirror(Pass):
         return (text,)
 
     def frozen(
-        self, model: nn.Module, edits: Sequence[Edit], created: AbstractSet[str]
+        self, model: nn.Module, edits: Sequence[Edit], spared: AbstractSet[str]
     ) -> Iterable[str]:
-        """Every stock parameter that is not mapped, or none."""
+        """Every stock parameter that no rule maps, or none."""
         if self.freeze == "none":
             return ()
-        duals = {joined(*place) for edit in edits for place in _places(edit)}
         each_once = named_parameters(model, duplicates=False)
-        return [name for name, _ in each_once if name not in created and name not in duals]
+        return [name for name, _ in each_once if name not in spared]
 
     def check_revertible(self, model: nn.Module, edit: Edit, context: ApplyContext) -> None:
         """Raise if a map is gone, or a module was wrapped since."""
@@ -428,14 +450,15 @@ def _unsuited(module: nn.Module, name: str) -> str | None:
 
 
 def _check_storage(members: Sequence[_Member], context: PlanContext) -> None:
-    """Raise if a mapped parameter shares its memory with another: one of them would not be mapped.
+    """Raise if a mapped parameter shares its memory with another tensor, which would not be mapped.
 
     Raises:
         Conflict: it does, tied as one object or as a view.
     """
     holders: dict[object, list[str]] = {}
     for path, module in named_modules(context.model, duplicates=False):
-        for name, tensor in own_parameters(module).items():
+        plain = {name: t for name, t in vars(module).items() if isinstance(t, Tensor)}
+        for name, tensor in {**own_parameters(module), **own_buffers(module), **plain}.items():
             for key in _memory(tensor):
                 holders.setdefault(key, []).append(joined(path, name))
     for member in members:
@@ -449,6 +472,24 @@ def _check_storage(members: Sequence[_Member], context: PlanContext) -> None:
                     "dual would move the other as well",
                     hint="untie them first, or leave both out with except:",
                 )
+
+
+def _check_values(members: Sequence[_Member]) -> None:
+    """Raise if a mapped parameter is not finite: what a map makes of one number reaches others.
+
+    Raises:
+        ModelStateError: one is not.
+    """
+    for member in members:
+        if member.tensor is None or member.tensor.is_meta:
+            continue
+        broken = int((~torch.isfinite(member.tensor)).sum())
+        if broken:
+            raise ModelStateError(
+                f"{broken} of the {member.tensor.numel()} numbers of {member.name} are NaN or "
+                "infinite, and a map would spread them",
+                hint="load weights that are finite, or leave it out with except:",
+            )
 
 
 def _memory(tensor: Tensor) -> Iterator[object]:
@@ -546,6 +587,21 @@ def _places(edit: Edit) -> list[tuple[str, str]]:
 
 def _shapes(edit: Edit) -> list[list[int]]:
     return [shape for made in edit.payload["maps"] for shape in made["shapes"]]
+
+
+def _frozen_duals(edits: Sequence[Edit], context: PlanContext) -> Iterator[str]:
+    """That some duals do not require gradients, which may be meant, but seldom is."""
+    parameters = dict(named_parameters(context.model))
+    names = [joined(*place) for edit in edits for place in _places(edit)]
+    frozen = [n for n in names if n in parameters and not parameters[n].requires_grad]
+    if not frozen:
+        return
+    listed = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+    yield (
+        f"{len(frozen)} of the {len(names)} parameters that it maps do not require gradients "
+        f"({listed}): as duals they stay where they are, and only their map is trained; call "
+        "requires_grad_(True) on them, or, if a rule froze them, put both rules into one recipe"
+    )
 
 
 def _site(members: Sequence[_Member]) -> str:

@@ -45,7 +45,7 @@ def factors(scale_of_B: float = 3.0) -> list[nn.Parameter]:
 
 
 def adapter(A: nn.Parameter, B: nn.Parameter) -> Factors:
-    return Factors("fc", A, B, 1.0, fold=lambda change: torch.zeros_like(change))
+    return Factors("fc", A, B, 1.0, fold=torch.zeros_like)
 
 
 def stepped(ascent: Ascent, optimizer: Optimizer, A: nn.Parameter, B: nn.Parameter) -> None:

@@ -95,6 +95,16 @@ rules:
     assert made.made_with == BlockIAF.Options(blocks="module", shrink=(2, 3))
 
 
+def test_lists_in_python_are_what_lists_in_a_file_are() -> None:
+    text = "version: 1\nrules:\n  - pass: mirror\n    with: {parameters: [weight, bias]}\n"
+    listed: Any = ["weight", "bias"]
+    assert Mirror(parameters=listed) == Mirror(parameters=("weight", "bias"))
+    assert surgery.Recipe.loads(text).rules[0].options == Mirror(parameters=listed)
+    empty: Any = []
+    with pytest.raises(RuleError, match=r"Mirror.parameters: must not be empty"):
+        Mirror(parameters=empty)
+
+
 # Planning.
 
 

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.errors import ConfigError
+from surgery.optim.reflora_s import RefLoRAS
 from surgery.train import checkpoints
 from surgery.train.engine import engine
+from surgery.train.finetune.run import finetune
 from surgery.train.run import Pretraining, assembled, pretrain
 from surgery.train.statistics import unrecorded
 from tests.train import parts, tiny
+from tests.train.finetune import tiny as tuned
 
 VASSO = 'train.sharpness={"name": "vasso", "rho": 0.05, "theta": 0.5}'
 SAM = 'train.sharpness={"name": "sam", "rho": 0.05}'
@@ -181,3 +184,42 @@ def test_ranks_climb_the_same_way(parallel: str, tmp_path: Path):
 def test_scaled_losses_are_refused():
     with pytest.raises(ConfigError, match="the losses of fp16 are scaled"):
         tiny.digits(SAM, 'train.precision="fp16"')
+
+
+@pytest.mark.parametrize("method", ["scalora", "lora-pro", "altlora"])
+def test_methods_that_need_the_gradient_at_the_weights_are_refused(method: str):
+    rules = json.dumps(tuned.lowrank(method))
+    message = rf"rule 'adapters' trains with {method}, whose step.*uphill(.|\n)*reflora-s"
+    with pytest.raises(ConfigError, match=message):
+        tiny.digits(SAM, f"rules={rules}")
+    tiny.digits(f"rules={rules}")
+    tiny.digits(SAM, f"rules={json.dumps(tuned.lowrank('reflora'))}")
+
+
+def test_a_rule_that_changes_factors_goes_on_in_every_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The direction of VASSO follows factors that RefLoRA-S balances, in checkpoints too."""
+    acted: list[int] = []
+    after = RefLoRAS.after
+
+    def counted(self: RefLoRAS, optimizer: torch.optim.Optimizer) -> None:
+        acted.append(self.steps)
+        after(self, optimizer)
+
+    monkeypatch.setattr(RefLoRAS, "after", counted)
+    rules = tuned.lowrank("reflora-s", options={"warmup": 1})
+    config = tuned.classify(tmp_path / "parts", VASSO, "checkpoint.keep=3", rules=rules)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    finetune(config, out=whole)
+    assert acted == list(range(8))
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    for path in checkpoints.complete(out / "checkpoints"):
+        if path.name != "step-000003":
+            shutil.rmtree(path)
+    finetune(config, out=out, resume=True)
+    assert tiny.log(out) == tiny.log(whole)
+    assert same_weights(out, whole)
+    plain = finetune(tuned.classify(tmp_path / "parts", rules=rules), out=tmp_path / "plain").out
+    assert not same_weights(plain, whole)

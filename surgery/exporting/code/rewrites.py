@@ -23,7 +23,7 @@ from surgery.passes.shortcuts import Shortcuts
 from surgery.passes.streams import Segment, segments_of
 from surgery.passes.streams.holders import DictHolder, ListHolder
 from surgery.record import Edit, Record, record_of
-from surgery.save_guard import GuardedModel, GuardedPart, not_baked
+from surgery.save_guard import GuardedModel, GuardedPart, not_baked, to_settle
 from surgery.sources import describe, rebuild
 from surgery.tree import children, joined, named_modules, named_parameters, own_parameters
 
@@ -154,8 +154,10 @@ def rewrites_of(model: nn.Module) -> Rewrites:
     apart = not_baked(model, record)
     for edit in apart:
         if edit.pass_name not in _WRITTEN:
+            way_out = to_settle(edit)
             raise ExportError(
-                f"the {edit.pass_name} rewrite of {edit.site} is no text of its own; {_ALIKE}"
+                f"the {edit.pass_name} rewrite of {edit.site} is no text of its own; "
+                f"{way_out + ', or export it as it is: ' if way_out else ''}{_ALIKE}"
             )
     baked = [edit for edit in record.edits if edit not in apart]
     dropped = frozenset(name for edit in baked for name in edit.adds)

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery import progress
 from surgery.errors import NoMatch
-from surgery.planning import apply
+from surgery.planning import plan
 from surgery.select import Match, ModelMap, Site, select
 from surgery.train.finetune.heads import with_head
 from surgery.train.finetune.source import load_source
@@ -33,11 +33,13 @@ class Built:
         new: Names of the parameters of a new head.
         loaded: Finds what is not as it was loaded; None where there are no rules, and all is
             trained.
+        warnings: What the plan of the rules says people should think about.
     """
 
     model: nn.Module
     new: tuple[str, ...]
     loaded: Changed | None
+    warnings: tuple[str, ...] = ()
 
 
 def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
@@ -58,9 +60,12 @@ def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
     fresh = [p for name, p in named_parameters(model) if name in set(headed.new)]
     recipe = config.recipe
     before = None if recipe is None else Changed(model)
+    warnings: tuple[str, ...] = ()
     if recipe is not None:
         with progress.task(f"applying {recipe.recipe}"):
-            apply(model, recipe)
+            planned = plan(model, recipe)
+            planned.apply()
+        warnings = planned.warnings
     else:
         model.requires_grad_(True)
     for parameter in fresh:
@@ -70,7 +75,7 @@ def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
             parameter.requires_grad_(True)
     if config.train.checkpointing:
         recompute(model)
-    return Built(model.train(), headed.new, before)
+    return Built(model.train(), headed.new, before, warnings)
 
 
 def chosen(model: nn.Module, where: Where, key: str) -> list[nn.Parameter]:

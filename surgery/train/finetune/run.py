@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery import adapters, files
 from surgery.checkpoints import save
@@ -15,14 +15,14 @@ from surgery.checkpoints.swap import replacing
 from surgery.errors import ExportError
 from surgery.interchange.layers import why_not_low_rank
 from surgery.interchange.peft_folder import write_peft
-from surgery.passes.lowrank import LowRank
 from surgery.record import record_of
 from surgery.sources.libraries import installed
 from surgery.table import human_count
+from surgery.train.finetune.around import OfAdapters
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import with_tokenizer
 from surgery.train.keeping import Everything, Kept
-from surgery.train.run import MODEL, Job, Run, run_job
+from surgery.train.run import MODEL, Run, run_job
 from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def finetune(
 
 
 @dataclass
-class Finetuning(Job["FinetuneConfig"]):
+class Finetuning(OfAdapters["FinetuneConfig"]):
     """A pretrained model that is trained further.
 
     Attributes:
@@ -86,7 +86,6 @@ class Finetuning(Job["FinetuneConfig"]):
 
     config: FinetuneConfig
     built: Built | None = None
-    _penalised: bool = field(default=False, init=False)
 
     def data(self) -> Data:
         """What the section ``data`` names, with the tokenizer of the model."""
@@ -117,17 +116,6 @@ class Finetuning(Job["FinetuneConfig"]):
         )
         return build_optimizer(model, optim, groups)
 
-    def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Attach what the methods of adapters do around the optimizer's step."""
-        if not _has_adapters(model):
-            return
-        adapters.prepare(model, optimizer)
-        self._penalised = adapters.penalty(model).requires_grad
-
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """What the methods of adapters add to the loss (SORSA)."""
-        return adapters.penalty(model) if self._penalised else None
-
     def kept(self) -> Kept:
         """All tensors that a resume could not take from the source."""
         built = self.built
@@ -141,6 +129,7 @@ class Finetuning(Job["FinetuneConfig"]):
         count, total = (sum(p.numel() for p in each) for each in (trained, everything.values()))
         share = f"{human_count(count)} of {human_count(total)} parameters ({count / total:.3%})"
         told = [f"trained: {share}"]
+        told += () if self.built is None else self.built.warnings
         new = () if self.built is None else self.built.new
         if new:
             told.append(f"new, drawn from seed {self.config.seed}: {', '.join(new)}")
@@ -193,8 +182,3 @@ class Finetuning(Job["FinetuneConfig"]):
         stock = {name for name, _ in named_parameters(model)} - added
         changed = [name for name in built.loaded.state(model) if name in stock]
         return changed + built.loaded.moved_buffers(model)
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    record = record_of(model)
-    return record is not None and any(edit.pass_name == LowRank.name for edit in record.edits)
