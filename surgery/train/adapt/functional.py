@@ -8,6 +8,7 @@ which the inner loop never changes. Dropout is off unless it is asked for.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, cast
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgery import mirrors
-from surgery.errors import ModelStateError
+from surgery.errors import ModelStateError, SurgeryError
+from surgery.sources.libraries import BUILD_ERRORS
 from surgery.train.adapt.inner import Tensors
+from surgery.train.objectives.base import first_line
 from surgery.train.statistics import normalisations, unrecorded
-from surgery.tree import joined, named_modules, own_buffers
+from surgery.tree import named_modules, own_buffers, own_parameters
 
 Statistics = Literal["episode", "running"]
+
+_ONE_BY_ONE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @contextmanager
@@ -60,7 +65,12 @@ def episode_mode(model: nn.Module, statistics: Statistics, *, dropout: bool) -> 
 
 
 def _check_recorded(model: nn.Module) -> None:
-    norms = {id(norm) for norm in normalisations(model) if norm.running_mean is None}
+    # Without statistics an instance norm takes those of each sample, whatever the mode.
+    norms = {
+        id(norm)
+        for norm in normalisations(model)
+        if norm.running_mean is None and not isinstance(norm, _ONE_BY_ONE)
+    }
     for path, module in named_modules(model, duplicates=False):
         if id(module) in norms:
             raise ModelStateError(
@@ -79,7 +89,7 @@ def bound(model: nn.Module, values: Tensors) -> Callable[..., Any]:
 
 
 def check_functional(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Refuse a model whose forward writes into tensors that it keeps.
+    """Refuse a model whose forward writes into tensors that it keeps, its parameters among them.
 
     ``functional_call`` replaces parameters. A tensor that a forward changes beside them would
     carry something of one task into the next, and cannot be differentiated through or mapped.
@@ -95,25 +105,76 @@ def check_functional(model: nn.Module, forward: Callable[[], object]) -> None:
     with torch.no_grad():
         forward()
         # Held on to: what takes the place of a tensor that is gone may lie where that one lay.
-        before = dict(_kept(model))
+        before = {(id(module), own): found for _, module, own, found in _kept(model)}
         forward()
         forward()
-    for name, (tensor, version) in _kept(model):
-        last, then = before.get(name, (None, 0))
+    for path, module, own, (tensor, version) in _kept(model):
+        last, then = before.get((id(module), own), (None, 0))
         if last is not tensor or version != then:
-            path, _, own = name.rpartition(".")
-            kind = type(model.get_submodule(path)).__name__
             raise ModelStateError(
-                f"{path or 'the model'} ({kind}) writes its tensor {own!r} in its forward, so that "
-                "the model is no function of its parameters",
-                hint="let the forward compute a new tensor, or write in train mode only: the inner "
+                f"{path or 'the model'} ({type(module).__name__}) writes its tensor {own!r} in its "
+                "forward, so that the model is no function of its parameters",
+                hint="leave inner.dropout out: it puts every module into train mode"
+                if model.training
+                else "let the forward compute a new tensor, or write in train mode only: the inner "
                 "loop runs in eval mode, but for batch norms",
             )
 
 
-def _kept(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, int]]]:
-    """Every tensor that a module keeps and no optimizer trains, and how often it was written."""
+@contextmanager
+def refusing(model: nn.Module) -> Generator[None]:
+    """Say of an error within the model's forward which module it comes from.
+
+    Raises:
+        ModelStateError: something in the block cannot be done with the model.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except BUILD_ERRORS as error:
+        raise ModelStateError(
+            f"{_raising(model, error)} does not work in an inner loop: {first_line(error)}",
+            hint="its forward runs on the samples of one task, with the batch norms over them, and "
+            "is differentiated twice; with few shots use inner.statistics: running",
+        ) from error
+
+
+def _raising(model: nn.Module, error: BaseException) -> str:
+    """The innermost module of the model whose code an error passed through."""
+    paths = {id(module): path for path, module in named_modules(model, duplicates=False)}
+    found = f"the model ({type(model).__name__})"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            found = f"{paths[id(owner)]} ({type(owner).__name__})"
+    return found
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def _kept(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, tuple[Tensor, int]]]:
+    """Every tensor that a module keeps, with the module and its path, and how often written."""
     for path, module in named_modules(model, duplicates=False):
-        plain = {n: t for n, t in vars(module).items() if isinstance(t, Tensor)}
-        for name, tensor in {**own_buffers(module), **plain}.items():
-            yield joined(path, name), (tensor, cast("int", cast("Any", tensor)._version))
+        for own, tensor in _tensors(module):
+            yield path, module, own, (tensor, cast("int", cast("Any", tensor)._version))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, plain attributes, and what lies in attributes that hold several."""
+    yield from own_parameters(module).items()
+    yield from own_buffers(module).items()
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield name, value
+            continue
+        inside: Any = ()
+        if isinstance(value, dict) and name not in _REGISTERED:
+            inside = cast("dict[object, object]", value).items()
+        elif isinstance(value, list | tuple):
+            inside = enumerate(cast("list[object]", value))
+        for key, each in inside:
+            # Recurrent layers list their parameters, which are looked at by name.
+            if isinstance(each, Tensor) and not isinstance(each, nn.Parameter):
+                yield f"{name}[{key!r}]", each

@@ -142,7 +142,7 @@ class Problem:
             losses.append(loss.detach())
             norms.append(norm(gradient).detach())
             state = self.moved(meta.extra, state, gradient)
-        return state, _trace(losses, norms, state)
+        return state, trace_of(losses, norms, state)
 
     def path(
         self,
@@ -175,7 +175,7 @@ class Problem:
             visited = [*visited, state] if states else [state]
             if gradients:
                 seen.append(gradient)
-        return Path(visited, seen, total, _trace(losses, norms, state))
+        return Path(visited, seen, total, trace_of(losses, norms, state))
 
 
 def norm(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -213,7 +213,14 @@ def vjp(
     return value, partial(pull, create_graph=False)
 
 
-def _trace(losses: list[Tensor], norms: list[Tensor], state: Tensors) -> Trace:
+def trace_of(losses: list[Tensor], norms: list[Tensor], state: Tensors) -> Trace:
+    """The trace of an inner loop, which may have had no step.
+
+    Args:
+        losses: Of each step, a scalar.
+        norms: Of each step, a scalar.
+        state: Says where and what the trace of no step is.
+    """
     if not losses:
         empty = next(iter(state.values())).new_zeros(0)
         return Trace(empty, empty)

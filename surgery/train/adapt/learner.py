@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import mirrors
-from surgery.errors import ModelStateError, NoMatch, TrainingError
+from surgery.errors import ConfigError, DataError, ModelStateError, NoMatch, TrainingError
 from surgery.sources.libraries import BUILD_ERRORS
 from surgery.train.adapt.estimators import (
     Bayesian,
@@ -21,10 +21,11 @@ from surgery.train.adapt.estimators import (
     Estimator,
     FirstOrder,
     Implicit,
+    Solved,
     Truncated,
     Unrolled,
 )
-from surgery.train.adapt.functional import bound, check_functional, episode_mode
+from surgery.train.adapt.functional import bound, check_functional, episode_mode, refusing
 from surgery.train.adapt.inner import Meta, Problem, Task, Tensors, Trace
 from surgery.train.adapt.rules import RULES
 from surgery.train.adapt.targets import Target, build_target
@@ -91,6 +92,9 @@ class Learner:
         self._check_mirrors()
         rule = RULES[config.inner.rule](config.inner.lr)
         task = one(split({n: t.to(device) for n, t in example.items()}, dtype), 0)
+        self._like = {
+            name: (t.shape[1:], t.is_floating_point()) for name, t in task.support.items()
+        }
         self.target: Target = build_target(config.objective, facts, model, task.support)
         # Without maps there is no need to look for them in every step.
         primal = self._primal if mirrors.attached(model) else dict
@@ -149,6 +153,12 @@ class Learner:
                 return torch.func.vmap(measure, randomness="different")(tasks)
             return torch.stack([measure(one(tasks, i)) for i in range(count(tasks))])
 
+    def traced(self, batch: Batch, index: int, steps: int) -> Trace:
+        """What the inner loop of one task of a batch sees, without dropout."""
+        task = one(split(batch, placement(self.model)[1]), index)
+        with torch.no_grad(), self.mode(training=False):
+            return self.estimator.walked(self.problem, self.meta(), task.support, steps)[1]
+
     def adapt(self, support: Batch, steps: int | None = None) -> Adapted:
         """Fit the model to a task.
 
@@ -160,31 +170,79 @@ class Learner:
             The adapted parameters; the model itself stays as it is.
 
         Raises:
-            TrainingError: the inner loop diverges.
+            ConfigError: ``steps`` is negative.
+            DataError: these are not samples as those of the tasks.
+            TrainingError: the inner loop diverges; with the step and the norm.
         """
-        device, dtype = placement(self.model)
-        given = _cast({name: tensor.to(device) for name, tensor in support.items()}, dtype)
+        steps = self.problem.steps if steps is None else steps
+        if steps < 0:
+            raise ConfigError(f"steps is {steps}", hint="0 for none, or leave it out")
+        given = self.given(support, self._like)
+        self.target.check(given)
         meta = self.meta()
-        with torch.no_grad(), self.mode(training=False):
-            states = self.estimator.adapted(
-                self.problem, meta, given, self.problem.steps if steps is None else steps
-            )
+        with torch.no_grad(), self.mode(training=False), refusing(self.model):
+            states, trace = self.estimator.walked(self.problem, meta, given, steps)
         state = states[-1]
         broken = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
-        if broken:
+        if broken or trouble(trace) is not None:
+            seen = trouble(trace) or f"after inner step {steps}: {broken[0]} is not finite"
             raise TrainingError(
-                f"the inner loop diverged: {broken[0]} is not finite after it",
-                hint="lower inner.lr or the number of steps",
+                f"the inner loop diverged {seen}", hint="lower inner.lr or the number of steps"
             )
         return Adapted(self, meta, state)
+
+    @property
+    def sample_names(self) -> tuple[str, ...]:
+        """What samples of a task have."""
+        return tuple(self._like)
+
+    def given(self, samples: Batch, names: Iterable[str]) -> Tensors:
+        """Samples of a caller where the model is, and in its dtype.
+
+        Args:
+            samples: By name, (N, ...) each.
+            names: Which are needed; others are left out.
+
+        Raises:
+            DataError: one is missing or of another shape, or there are none.
+        """
+        found = {name: self._one_given(samples, name) for name in names}
+        counts = {name: len(tensor) for name, tensor in found.items()}
+        if len({*counts.values()}) > 1 or 0 in counts.values():
+            listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise DataError(f"expected one or more samples, as many of each; received {listed}")
+        return found
+
+    def _one_given(self, samples: Batch, name: str) -> Tensor:
+        if name not in samples:
+            raise DataError(
+                f"{name} is missing from the samples, which have {', '.join(samples) or 'nothing'}",
+                hint=f"samples of these tasks have {', '.join(self._like)}",
+            )
+        tensor = samples[name]
+        if not isinstance(cast("object", tensor), Tensor):
+            raise DataError(f"{name} is {type(tensor).__name__}, expected a tensor")
+        shape, floating = self._like[name]
+        # Images and texts may be of another size, if the model can take it. What is compared with
+        # predictions may not: it would be broadcast.
+        fits = tensor.dim() == len(shape) + 1
+        if not fits or (name == self.target.answer and tensor.shape[1:] != shape):
+            expected = ", ".join(["N", *map(str, shape)]) + ("," if not shape else "")
+            raise DataError(f"{name} has the shape {tuple(tensor.shape)}, expected ({expected})")
+        device, dtype = placement(self.model)
+        return tensor.to(device, dtype if floating else tensor.dtype)
 
     def predicted(self, meta: Meta, state: Tensors, task: Task) -> Tensor:
         """Predictions of an adapted state for a task's query set; within ``mode``."""
 
         def predict(values: Tensors) -> Tensor:
-            return self.target.predict(bound(self.model, values), task.query)
+            return self.called(values, task)
 
         return self.estimator.predicted(self.problem, meta, state, predict, self.target.averaged)
+
+    def called(self, values: Tensors, task: Task) -> Tensor:
+        """Predictions of the model with some values for a task's query set; within ``mode``."""
+        return self.target.predict(bound(self.model, values), task.query)
 
     def _mapped(self, tasks: Task) -> Estimate:
         meta = self.meta()
@@ -193,12 +251,13 @@ class Learner:
             return self.estimator(self.problem, meta, task)
 
         found = Estimate(*torch.func.vmap(estimate, randomness="different")(tasks))
-        return found._replace(gradient=Meta(*found.gradient).map(lambda each: each.mean(0)))
+        gradient = Meta(*found.gradient).map(lambda each: each.mean(0))
+        return found._replace(gradient=gradient, solved=Solved(*found.solved))
 
     def _looped(self, tasks: Task) -> Estimate:
         meta, tasks_in_all = self.meta(), count(tasks)
         total = meta.map(torch.zeros_like)
-        losses, traces = list[Tensor](), list[Trace]()
+        losses, traces, solved = list[Tensor](), list[Trace](), list[Solved]()
         for i in range(tasks_in_all):
             found = self.estimator(self.problem, meta, one(tasks, i))
             for sums, part in zip(total, found.gradient, strict=True):
@@ -206,8 +265,10 @@ class Learner:
                     sums[name] += value / tasks_in_all
             losses.append(found.loss)
             traces.append(found.trace)
+            solved.append(found.solved)
         trace = Trace(*(torch.stack([each[i] for each in traces]) for i in range(2)))
-        return Estimate(total, torch.stack(losses), trace)
+        how = Solved(*(torch.stack([each[i] for each in solved]) for i in range(2)))
+        return Estimate(total, torch.stack(losses), trace, how)
 
     def _loss(self, values: Tensors, samples: Tensors) -> Tensor:
         forward = bound(self.model, values)
@@ -227,10 +288,14 @@ class Learner:
     def _try(self, task: Task) -> None:
         """Run everything once on a task, to say what does not work before training."""
         inner, meta = self.config.inner, self.meta()
-        with self.mode(training=False):
-            check_functional(self.model, lambda: self.problem.query(meta.others, meta.start, task))
+        for training in (False, True) if inner.dropout else (False,):
+            with self.mode(training=training), refusing(self.model):
+                check_functional(
+                    self.model, lambda: self.problem.query(meta.others, meta.start, task)
+                )
         with self.mode(training=True):
-            self._check_gradients(task)
+            with refusing(self.model):
+                self._check_gradients(task)
             if inner.parallel == "vmap":
                 self._check_mapped(task)
 
@@ -318,12 +383,42 @@ class Adapted:
         return learner.problem.values(self.meta.others, self.state)
 
     def predict(self, samples: Batch) -> Tensor:
-        """Predictions for samples (N, ...): logits (N, ways), or values (N, outputs)."""
+        """Predictions for samples (N, ...): logits (N, ways), or values (N, outputs).
+
+        Raises:
+            DataError: these are not samples as those of the tasks.
+        """
         learner = self.learner
-        device, dtype = placement(learner.model)
-        given = _cast({name: tensor.to(device) for name, tensor in samples.items()}, dtype)
-        with torch.no_grad(), learner.mode(training=False):
-            return learner.predicted(self.meta, self.state, Task({}, given))
+        task = self._task(samples)
+        with torch.no_grad(), learner.mode(training=False), refusing(learner.model):
+            return learner.predicted(self.meta, self.state, task)
+
+    def drawn(self, samples: Batch) -> Tensor:
+        """Predictions of draws from the posterior: (predictive_draws, N, ...).
+
+        How far they lie apart is how little is known: it shrinks where the support set has samples.
+
+        Raises:
+            DataError: these are not samples as those of the tasks.
+            ModelStateError: the estimator has no posterior.
+        """
+        learner = self.learner
+        estimator = learner.estimator
+        if not isinstance(estimator, Bayesian):
+            raise ModelStateError(
+                f"estimator {learner.config.estimator.name} has no posterior to draw from",
+                hint="meta-train with estimator: {name: bayesian}",
+            )
+        task = self._task(samples)
+        with torch.no_grad(), learner.mode(training=False), refusing(learner.model):
+            return estimator.drawn(
+                learner.problem, self.meta, self.state, lambda values: learner.called(values, task)
+            )
+
+    def _task(self, samples: Batch) -> Task:
+        learner = self.learner
+        names = [name for name in learner.sample_names if name != learner.target.answer]
+        return Task({}, learner.given(samples, names))
 
 
 def build_estimator(section: EstimatorConfig) -> Estimator:
@@ -341,6 +436,23 @@ def build_estimator(section: EstimatorConfig) -> Estimator:
             section.kl_weight, section.draws, section.predictive_draws, section.solver_steps
         )
     return Unrolled()
+
+
+def trouble(trace: Trace) -> str | None:
+    """Where an inner loop of K steps has diverged, with the norm; None if it has not.
+
+    Args:
+        trace: What it saw, (K,) each.
+    """
+    broken = ~(torch.isfinite(trace.losses) & torch.isfinite(trace.norms))
+    if not bool(broken.any()):
+        return None
+    k = int(broken.int().argmax())
+    loss, norm = float(trace.losses[k]), float(trace.norms[k])
+    before = "" if k == 0 else f" (the step before: {float(trace.norms[k - 1]):.4g})"
+    return (
+        f"at inner step {k + 1} of {len(broken)}: loss {loss:.4g}, gradient norm {norm:.4g}{before}"
+    )
 
 
 def split(batch: Batch, dtype: torch.dtype) -> Task:
@@ -367,7 +479,9 @@ def _cast(samples: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
 
 
 def _names(model: nn.Module, where: Where | None) -> Names:
-    trained = {name: p for name, p in named_parameters(model) if p.requires_grad}
+    # A tied parameter by one of its names: functional_call puts a value in under all of them.
+    named = named_parameters(model, duplicates=False)
+    trained = {name: p for name, p in named if p.requires_grad}
     of_maps = {name for each in mirrors.attached(model) for name in each.map_parameters}
     movable = {name: p for name, p in trained.items() if name not in of_maps}
     wanted = None if where is None else {id(p) for p in chosen(model, where, "inner.where")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,21 @@ from torch import Tensor, nn
 
 from surgery.errors import CheckpointError, TrainingError
 from surgery.train import randomness
-from surgery.train.adapt.learner import Batch, Learner
+from surgery.train.adapt.estimators import Bayesian, Estimate, Implicit
+from surgery.train.adapt.inner import Trace
+from surgery.train.adapt.learner import Batch, Learner, trouble
 from surgery.train.objectives.base import POSITION, Gather, Objective, alone, measured
 
 if TYPE_CHECKING:
-    from surgery.train.adapt.inner import Trace
     from surgery.train.data.base import Data
 
 EVALUATION_SEED = 0
 """Draws of an evaluation are the same each time, and do not move those of the training."""
+
+_ROUGH = 0.1
+"""What an implicit gradient may be off by, as a part of a norm, before that is said."""
+
+logger = logging.getLogger(__name__)
 
 
 class MetaObjective(Objective):
@@ -34,6 +40,7 @@ class MetaObjective(Objective):
         inner = learner.config.inner
         further = sorted({*learner.config.evaluate.inner_steps} - {inner.steps})
         self._steps = (inner.steps, *further)
+        self._doubted = False
 
     def parameters(self) -> list[nn.Parameter]:
         """What is meta-learned beside the model."""
@@ -47,6 +54,7 @@ class MetaObjective(Objective):
         """
         found = self.learner.estimated(batch)
         self._check(found.trace, found.loss, batch, f"step {step}")
+        self._doubt(found, step)
         gradients = [value for part in found.gradient for value in part.values()]
         parameters = self.learner.parameters()
         return _Estimated.apply(found.loss.mean(), len(gradients), *gradients, *parameters)
@@ -63,7 +71,9 @@ class MetaObjective(Objective):
         names = self.learner.target.measures
 
         def measure(batch: Batch) -> Tensor:
-            return self.learner.measured(batch, self._steps)
+            values = self.learner.measured(batch, self._steps)
+            self._check_held_out(values, batch)
+            return values
 
         drawn = randomness.state()
         randomness.seed_all(EVALUATION_SEED, 0)
@@ -73,14 +83,7 @@ class MetaObjective(Objective):
             randomness.restore(drawn)
         means = [each / tasks for each in sums]
         keys = [f"{name}{self._after(k)}" for k in self._steps for name in names]
-        found = dict(zip(keys, means, strict=True))
-        broken = [key for key, value in found.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingError(
-                f"held-out tasks: the inner loop diverged, {broken[0]} is {found[broken[0]]}",
-                hint="lower inner.lr, or evaluate.inner_steps",
-            )
-        return found
+        return dict(zip(keys, means, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What is meta-learned beside the model."""
@@ -102,18 +105,63 @@ class MetaObjective(Objective):
         fine = torch.isfinite(trace.losses) & torch.isfinite(trace.norms)
         if bool(fine.all()) and bool(torch.isfinite(losses).all()):
             return
-        steps = self.learner.problem.steps
-        task, k = _first(~fine, ~torch.isfinite(losses))
-        if k < steps:
-            loss, norm = float(trace.losses[task, k]), float(trace.norms[task, k])
-            seen = f"at inner step {k + 1} of {steps}: loss {loss:.4g}, gradient norm {norm:.4g}"
-            before = "" if k == 0 else f" (the step before: {float(trace.norms[task, k - 1]):.4g})"
-        else:
-            seen = f"after inner step {steps}: query loss {float(losses[task]):.4g}"
-            before = f" (gradient norm of that step: {float(trace.norms[task, -1]):.4g})"
+        task = _first(~fine, ~torch.isfinite(losses))
+        seen = trouble(Trace(*(each[task] for each in trace)))
+        if seen is None:
+            steps = self.learner.problem.steps
+            seen = (
+                f"after inner step {steps}: query loss {float(losses[task]):.4g} (gradient norm of "
+                f"that step: {float(trace.norms[task, -1]):.4g})"
+            )
         raise TrainingError(
-            f"{when}: the inner loop of task {int(batch[POSITION][task])} diverged {seen}{before}",
+            f"{when}: the inner loop of task {int(batch[POSITION][task])} diverged {seen}",
             hint="lower inner.lr or inner.steps, or clip the meta-gradient: train.clip",
+        )
+
+    def _check_held_out(self, values: Tensor, batch: Batch) -> None:
+        """Stop where measures (B, n) are not finite."""
+        fine = torch.isfinite(values)
+        if bool(fine.all()):
+            return
+        task = int((~fine.all(dim=1)).int().argmax())
+        steps = max(self._steps)
+        trace = self.learner.traced(batch, task, steps)
+        seen = trouble(trace) or (
+            f"after inner step {steps} (gradient norm of that step: {float(trace.norms[-1]):.4g})"
+        )
+        raise TrainingError(
+            f"the inner loop of held-out task {int(batch[POSITION][task])} diverged {seen}",
+            hint="lower inner.lr, or evaluate.inner_steps",
+        )
+
+    def _doubt(self, found: Estimate, step: int) -> None:
+        """Say once that an implicit gradient is not what it is taken for."""
+        if self._doubted or not isinstance(self.learner.estimator, Implicit | Bayesian):
+            return
+        doubts = list[str]()
+        left = float(found.solved.residual.max())
+        if left > _ROUGH:
+            doubts.append(f"conjugate gradients left {left:.2g} of the right side")
+        bent = int(found.solved.indefinite.sum())
+        if bent:
+            doubts.append(
+                f"they stopped at a direction of negative curvature in {bent} of "
+                f"{len(found.loss)} tasks"
+            )
+        rest = float((found.trace.norms[:, -1] / found.trace.norms[:, 0]).max())
+        if rest > _ROUGH:
+            doubts.append(
+                f"the inner loop has not come to rest: before its last step the gradient is still "
+                f"{rest:.2g} of the first"
+            )
+        if not doubts:
+            return
+        self._doubted = True
+        logger.warning(
+            "step %d: the implicit meta-gradient is biased, since %s. This is said once; more "
+            "estimator.solver_steps, inner.steps or inner.proximal help",
+            step,
+            "; ".join(doubts),
         )
 
 
@@ -135,12 +183,11 @@ def load_extra(learner: Learner, state: Mapping[str, Any]) -> None:
             value.copy_(state[name])
 
 
-def _first(*broken: Tensor) -> tuple[int, int]:
-    """Task and step of the first trouble: the smallest step, then the smallest task."""
+def _first(*broken: Tensor) -> int:
+    """The task of the first trouble: of those at the smallest step the first."""
     whole = torch.cat([broken[0], broken[1].unsqueeze(1)], dim=1)
     steps = torch.where(whole.any(1), whole.int().argmax(1), whole.shape[1])
-    task = int(steps.argmin())
-    return task, int(steps[task])
+    return int(steps.argmin())
 
 
 class _Estimated(torch.autograd.Function):

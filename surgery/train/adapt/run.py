@@ -16,9 +16,10 @@ from surgery.train.adapt.learner import Learner
 from surgery.train.adapt.objective import MetaObjective, example_of, load_extra
 from surgery.train.checkpoints import read_tensors, write_tensors
 from surgery.train.engine import ranks
+from surgery.train.finetune.around import OfAdapters
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import tokenized
-from surgery.train.run import CONFIG, MODEL, Job, Run, run_job
+from surgery.train.run import CONFIG, MODEL, Run, run_job
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -98,7 +99,7 @@ def learner(run: Path) -> Learner:
 
 
 @dataclass
-class Adapting(Job["AdaptConfig"]):
+class Adapting(OfAdapters["AdaptConfig"]):
     """A model that is trained to adapt.
 
     Attributes:
@@ -153,7 +154,7 @@ class Adapting(Job["AdaptConfig"]):
             told += f", {human_count(others)} are the same for all tasks"
         if extra:
             told += f", {human_count(extra)} are learned beside the model"
-        return [told]
+        return [told, *(() if self.built is None else self.built.warnings)]
 
     def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
         """Write what is meta-learned beside the model."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.errors import ModelStateError
+from surgery.errors import DataError, ModelStateError
 from surgery.sources.libraries import BUILD_ERRORS
 from surgery.train.objectives.base import evaluating, first_line, placement
 from surgery.train.objectives.classification import Classification
@@ -30,9 +30,19 @@ class Target(ABC):
 
     Attributes:
         measures: What ``measured`` returns, in its order.
+        answer: Name of the samples' tensor that predictions are compared with.
     """
 
     measures: ClassVar[tuple[str, ...]]
+    answer: ClassVar[str]
+
+    def check(self, samples: Samples) -> None:
+        """Refuse answers that no prediction could be.
+
+        Raises:
+            DataError: with one of them.
+        """
+        return
 
     @abstractmethod
     def predict(self, forward: Forward, samples: Samples) -> Tensor:
@@ -56,12 +66,26 @@ class Classes(Target):
 
     Args:
         aim: Calls the model and gets its logits.
+        ways: Classes of a task.
     """
 
     measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "confidence")
+    answer: ClassVar[str] = "labels"
 
-    def __init__(self, aim: Classification) -> None:
+    def __init__(self, aim: Classification, ways: int) -> None:
         self._aim = aim
+        self._ways = ways
+
+    def check(self, samples: Samples) -> None:
+        """Labels are integers from 0 to ways - 1."""
+        labels = samples[self.answer]
+        low, high = int(labels.min()), int(labels.max())
+        if labels.dtype != torch.int64 or low < 0 or high >= self._ways:
+            raise DataError(
+                f"labels are {labels.dtype} from {low} to {high}, expected torch.int64 from 0 to "
+                f"{self._ways - 1}",
+                hint="number the classes of the task",
+            )
 
     def predict(self, forward: Forward, samples: Samples) -> Tensor:
         """Logits (N, ways)."""
@@ -93,6 +117,7 @@ class Values(Target):
     """Values of a regression."""
 
     measures: ClassVar[tuple[str, ...]] = ("loss",)
+    answer: ClassVar[str] = "targets"
 
     def predict(self, forward: Forward, samples: Samples) -> Tensor:
         """Values (N, outputs) for ``inputs`` (N, features)."""
@@ -127,11 +152,18 @@ def build_target(
         ModelStateError: the model does not take such samples, or returns something else.
     """
     if section.kind == "classification":
-        return Classes(Classification(ClassificationObjective(kind=section.kind), facts, model))
+        aim = Classification(ClassificationObjective(kind=section.kind), facts, model)
+        return Classes(aim, _ways(facts))
     if section.kind == "sequence-classification":
-        return Classes(SequenceClassification(SequenceObjective(kind=section.kind), facts, model))
+        aim = SequenceClassification(SequenceObjective(kind=section.kind), facts, model)
+        return Classes(aim, _ways(facts))
     _try_regression(model, example)
     return Values()
+
+
+def _ways(facts: Facts) -> int:
+    assert facts.classes is not None  # noqa: S101 - refused by the objectives
+    return facts.classes
 
 
 def _try_regression(model: nn.Module, example: Samples) -> None:

@@ -20,12 +20,14 @@ from surgery import shipped
 from surgery.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     ModelStateError,
     NoMatch,
     SurgeryError,
     TrainingError,
 )
 from surgery.train import checkpoints
+from surgery.train.adapt import objective
 from surgery.train.adapt.config import AdaptConfig
 from surgery.train.adapt.functional import check_functional, episode_mode
 from surgery.train.adapt.learner import Learner
@@ -199,6 +201,112 @@ def test_the_uncertainty_of_a_posterior(tmp_path: Path):
     assert torch.equal(adapted.values["head.bias"], posterior.mean["head.bias"])
 
 
+SAMPLES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no targets": (lambda t: {"inputs": t["inputs"]}, "targets is missing .* which have inputs"),
+    "targets of one axis": (
+        lambda t: {**t, "targets": t["targets"][:, 0]},
+        r"targets has the shape \(4,\), expected \(N, 1\)",
+    ),
+    "of another width": (
+        lambda t: {**t, "targets": t["targets"].expand(-1, 2)},
+        r"targets has the shape \(4, 2\), expected \(N, 1\)",
+    ),
+    "too few targets": (
+        lambda t: {**t, "targets": t["targets"][:2]},
+        "received 4 inputs, 2 targets",
+    ),
+    "nothing": (lambda t: {n: each[:0] for n, each in t.items()}, "0 inputs, 0 targets"),
+    "an array": (lambda t: {n: each.numpy() for n, each in t.items()}, "is ndarray, expected"),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLES)
+def test_samples_that_are_none_are_refused(case: str):
+    made = learner_of(tiny.sinusoid())
+    change, message = SAMPLES[case]
+    with pytest.raises(DataError, match=message):
+        made.adapt(change(again_task(made)))
+
+
+def test_more_that_cannot_be_adapted_to_is_refused():
+    made = learner_of(tiny.sinusoid())
+    task = again_task(made)
+    with pytest.raises(ConfigError, match="steps is -1"):
+        made.adapt(task, steps=-1)
+    adapted = made.adapt(task)
+    with pytest.raises(DataError, match="inputs is missing"):
+        adapted.predict({"x": task["inputs"]})
+    with pytest.raises(ModelStateError, match=r"layers\.0 \(Linear\) does not work"):
+        adapted.predict({"inputs": torch.ones(2, 3)})
+    with pytest.raises(ModelStateError, match="estimator unrolled has no posterior"):
+        adapted.drawn(task)
+    whole = made.adapt({n: t.long() for n, t in task.items()})
+    assert torch.equal(
+        whole.state["head.bias"],
+        made.adapt({n: t.long().float() for n, t in task.items()}).state["head.bias"],
+    )
+
+
+def test_labels_out_of_range_are_refused():
+    made = learner_of(tiny.digits())
+    images = torch.zeros(3, 1, 16, 16)
+    for labels in (torch.tensor([0, 1, 3]), torch.tensor([0.0, 1.0, 2.0])):
+        with pytest.raises(DataError, match=r"expected torch\.int64 from 0 to 2"):
+            made.adapt({"images": images, "labels": labels})
+
+
+def test_draws_of_a_posterior():
+    made = learner_of(of("bayesian", "estimator.predictive_draws=3"))
+    task = again_task(made)
+    assert made.adapt(task, steps=0).drawn(task).shape == (3, 4, 1)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, True), (60, False)])
+def test_an_implicit_gradient_that_is_biased_says_so_once(
+    steps: int, said: bool, caplog: pytest.LogCaptureFixture
+):
+    options = (f"inner.steps={steps}", "inner.lr=0.003", "inner.proximal=30.0")
+    made = learner_of(of("implicit", *options))
+    aim, batch = MetaObjective(made), example_of(Adapting(made.config).data())
+    for step in (1, 2):
+        aim.loss(made.model, batch, step=step)
+    told = [each.getMessage() for each in caplog.records if each.name == objective.__name__]
+    assert len(told) == said
+    assert all("step 1: the implicit meta-gradient is biased, since" in each for each in told)
+    assert all("has not come to rest" in each for each in told)
+
+
+def with_adapters(method: str) -> AdaptConfig:
+    rule = {"pass": "lowrank", "with": {"method": method, "rank": 2}}
+    return tiny.sinusoid(
+        f"rules={json.dumps({'version': 1, 'rules': [rule]})}", 'inner.rule="per-parameter"'
+    )
+
+
+def test_rules_of_adapters_are_around_the_meta_steps(tmp_path: Path):
+    from surgery.optim.rule import rules_of
+
+    job = Adapting(with_adapters("reflora"))
+    data = job.data()
+    model = job.model(data)
+    job.objective(data, model)
+    optimizer = job.optimizer(model)
+    job.prepared(model, optimizer)
+    assert [type(rule).__name__ for rule in rules_of(optimizer)] == ["RefLoRA"]
+    assert job.penalty(model) is None
+    run = adapt(job.config, out=tmp_path / "run")
+    learner(run.out)
+
+
+def test_a_methods_penalty_is_part_of_the_meta_loss():
+    job = Adapting(with_adapters("sorsa"))
+    model = job.model(job.data())
+    job.prepared(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    penalty = job.penalty(model)
+    assert penalty is not None
+    assert penalty.requires_grad
+
+
 def again_task(made: Learner) -> dict[str, Tensor]:
     sample = open_tasks(made.config.data, seed=0).held_out.sample(0, 0)
     return {n.removeprefix("support."): t for n, t in sample.items() if n.startswith("support.")}
@@ -253,16 +361,20 @@ def test_an_inner_loop_that_diverges_stops_with_step_and_norm(parallel: str, tmp
         adapt(config, out=tmp_path / "run")
 
 
+HELD_OUT = r"loop of held-out task 0 diverged at inner step 2 of 5: loss inf, gradient norm nan"
+ADAPTING = r"the inner loop diverged at inner step 2 of 6: loss inf, gradient norm nan \(the step"
+
+
 def test_a_held_out_inner_loop_that_diverges_stops(tmp_path: Path):
     made = learner_of(tiny.sinusoid("inner.lr=1e30"))
     batch = open_tasks(made.config.data, seed=0).held_out.batch([Place(0, 0)])
-    with pytest.raises(TrainingError, match=r"held-out tasks: the inner loop diverged, loss.* is"):
+    with pytest.raises(TrainingError, match=HELD_OUT):
         MetaObjective(made).evaluate(made.model, [batch])
 
 
 def test_adapting_that_diverges_stops():
     made = learner_of(tiny.sinusoid("inner.lr=1e30"))
-    with pytest.raises(TrainingError, match=r"the inner loop diverged: .* is not finite after it"):
+    with pytest.raises(TrainingError, match=ADAPTING):
         made.adapt(again_task(made), steps=6)
 
 
@@ -288,18 +400,92 @@ class Writes(nn.Module):
             self.cache = torch.ones(())
         elif self.how == "in train mode only" and self.training:
             self.calls.add_(1)
+        elif self.how == "in a dict":
+            self.dict = {"mean": x.detach().mean()}
+        elif self.how == "parameter":
+            with torch.no_grad():
+                self.inner.weight.clamp_(-1, 1)
         return self.inner(x)
 
 
-@pytest.mark.parametrize("how", ["in place", "replaced", "plain attribute"])
+WRITTEN = {
+    "in place": r"1 \(Writes\) writes its tensor 'calls'",
+    "replaced": r"1 \(Writes\) writes its tensor 'calls'",
+    "plain attribute": r"1 \(Writes\) writes its tensor 'kept'",
+    "in a dict": r"1 \(Writes\) writes its tensor \"dict\['mean'\]\"",
+    "parameter": r"1\.inner \(Linear\) writes its tensor 'weight'",
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
 def test_a_model_that_writes_is_refused_with_the_modules_name(how: str):
     model = nn.Sequential(nn.Linear(1, 1), Writes(how))
-    name = "kept" if how == "plain attribute" else "calls"
     with (
         episode_mode(model, "episode", dropout=False),
-        pytest.raises(ModelStateError, match=rf"1 \(Writes\) writes its tensor '{name}'"),
+        pytest.raises(ModelStateError, match=WRITTEN[how]),
     ):
         check_functional(model, lambda: model(torch.ones(2, 1)))
+
+
+def test_what_is_written_in_train_mode_goes_without_dropout_only():
+    model = nn.Sequential(nn.Linear(1, 1), Writes("in train mode only"))
+    learner_with(model)
+    with pytest.raises(
+        ModelStateError, match=r"1 \(Writes\) writes its .*\n.*leave inner\.dropout"
+    ):
+        learner_with(model, "inner.dropout=true")
+
+
+def test_a_module_that_cannot_be_differentiated_is_named():
+    class Sets(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data.clamp(-1, 1)
+            return super().forward(x)
+
+    with pytest.raises(
+        ModelStateError, match=r"1 \(Sets\) does not work in an inner loop: mutating"
+    ):
+        learner_with(nn.Sequential(nn.Linear(1, 1), Sets(1, 1)))
+
+
+def test_a_batch_norm_with_one_sample_is_named():
+    model = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    one = tiny.sinusoid('data={"kind": "sinusoid", "shots": 1, "queries": 2}')
+    data = Adapting(one).data()
+    with pytest.raises(
+        ModelStateError, match=r"1 \(BatchNorm1d\) does not work.*more than 1 value"
+    ):
+        Learner(one, data.facts, model, example_of(data))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1, 1), nn.Linear(1, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap"])
+def test_tied_parameters_adapt_as_one(parallel: str):
+    made = learner_with(Tied(), f'inner.parallel="{parallel}"')
+    assert made.names.adapted == ("first.weight", "first.bias", "second.bias")
+    task = again_task(made)
+    by_itself = Tied()
+    by_itself.load_state_dict(made.model.state_dict())
+    for _ in range(3):
+        loss = F.mse_loss(by_itself(task["inputs"]), task["targets"])
+        found = torch.autograd.grad(loss, [*by_itself.parameters()])
+        with torch.no_grad():
+            for parameter, gradient in zip(by_itself.parameters(), found, strict=True):
+                parameter.sub_(0.05 * gradient)
+    found = made.adapt(task).predict({"inputs": task["inputs"]})
+    assert torch.allclose(found, by_itself(task["inputs"]), rtol=1e-5, atol=1e-6)
+    assert len(made.estimated(example_of(Adapting(made.config).data())).gradient.start) == 3
 
 
 @pytest.mark.parametrize("how", ["nothing", "filled once", "in train mode only"])

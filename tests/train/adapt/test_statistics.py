@@ -53,6 +53,13 @@ def test_running_statistics_of_a_norm_that_keeps_none_are_refused():
         pass
 
 
+def test_instance_norms_need_no_running_statistics():
+    module = nn.Sequential(nn.Conv1d(2, 3, 1), nn.InstanceNorm1d(3))
+    x = torch.randn(4, 2, 5)
+    with episode_mode(module, "running", dropout=False):
+        assert torch.equal(module(x)[:1], module(x[:1]))
+
+
 @pytest.mark.parametrize("statistics", ["episode", "running"])
 def test_dropout_is_off_unless_asked_for(statistics: str):
     module, x = model(), torch.randn(16, 2)

@@ -282,10 +282,21 @@ def test_broken_arrays_are_refused(case: str, tmp_path: Path):
 def test_files_that_are_no_arrays_are_refused(tmp_path: Path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "empty.npz", other=np.zeros(3))
+    whole = bytearray(Path(arrays(tmp_path)).read_bytes())
+    (tmp_path / "short.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "nothing.npz").write_bytes(b"")
+    whole[whole.find(b"NUMPY") + 200] ^= 0xFF
+    (tmp_path / "changed.npz").write_bytes(whole)
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
     for name, message in {
         "text.npz": "cannot be read as .npz",
         "empty.npz": "has no array images and no array labels",
         "none.npz": "there is no file",
+        "short.npz": "cannot be read as .npz: File is not a zip file",
+        "nothing.npz": "cannot be read as .npz: No data left",
+        "changed.npz": "cannot be read as .npz: Bad CRC-32",
+        "one.npz": "holds one array, expected an archive",
     }.items():
         config = tiny.digits(section(kind="arrays", path=str(tmp_path / name))).data
         with pytest.raises(DataError, match=message):
@@ -308,6 +319,73 @@ def test_a_table_that_leaves_its_folder_is_refused(tmp_path: Path):
     (tmp_path / "train.csv").write_text("filename,label\n../outside.png,a\n")
     config = tiny.digits(section(kind="mini-imagenet", path=str(tmp_path))).data
     with pytest.raises(DataError, match=r"train\.csv:2: '\.\./outside\.png' is not inside"):
+        open_tasks(config, seed=0)
+
+
+def listed(folder: Path, train: str, val: str) -> str:
+    for name in ("a0", "a1", "b0", "b1", "c0", "c1", "d0", "d1"):
+        drawn(folder / "images" / f"{name}.png", 9)
+    (folder / "train.csv").write_text("filename,label\n" + train)
+    (folder / "val.csv").write_text("filename,label\n" + val)
+    return str(folder)
+
+
+GOOD = ("a0.png,a\na1.png,a\nb0.png,b\nb1.png,b\n", "c0.png,c\nc1.png,c\nd0.png,d\nd1.png,d\n")
+TABLES = {
+    "an image twice": (
+        GOOD[0] + "a0.png,b\n",
+        GOOD[1],
+        r"train\.csv:6: a0\.png is in line 2 already",
+    ),
+    "an image of both parts": (GOOD[0], GOOD[1] + "a0.png,c\n", r"1 are in both train and val.*a0"),
+    "a class of both parts": (
+        GOOD[0],
+        GOOD[1] + "a0.png,a\n",
+        r"1 are in both train and val.*as a",
+    ),
+    "no label": (GOOD[0] + "c0.png\n", GOOD[1], r"train\.csv:6: expected a filename and a label"),
+    "no name": (GOOD[0] + ",a\n", GOOD[1], r"train\.csv:6: expected a filename and a label"),
+    "a null byte": (GOOD[0] + "a\0b,a\n", GOOD[1], r"train\.csv holds a null byte"),
+    "no rows": ("", GOOD[1], r"train\.csv holds no rows"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_tables_that_are_wrong_are_refused(case: str, tmp_path: Path):
+    train, val, message = TABLES[case]
+    path = listed(tmp_path, train, val)
+    options = {"path": path, "size": 16, "ways": 2, "shots": 1, "queries": 1}
+    config = tiny.digits(section(kind="mini-imagenet", **options)).data
+    with pytest.raises(DataError, match=message):
+        open_tasks(config, seed=0)
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path: Path):
+    path = listed(tmp_path, *GOOD)
+    (tmp_path / "train.csv").write_bytes(b"filename,label\n\xff,a\n")
+    config = tiny.digits(section(kind="mini-imagenet", path=path)).data
+    with pytest.raises(DataError, match=r"train\.csv is no text in UTF-8"):
+        open_tasks(config, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["omniglot", "mini-imagenet"])
+def test_a_file_that_is_no_image_is_refused_when_the_data_is_opened(kind: str, tmp_path: Path):
+    if kind == "omniglot":
+        path, file = omniglot(tmp_path), "images_background/Greek/character01/0101_01.png"
+    else:
+        path, file = listed(tmp_path, *GOOD), "images/a0.png"
+    (tmp_path / file).write_bytes(b"no image")
+    options = {"path": path, "size": 16, "ways": 2, "shots": 1, "queries": 1}
+    config = tiny.digits(section(kind=kind, **options)).data
+    with pytest.raises(DataError, match=r"\.png cannot be decoded as an image"):
+        open_tasks(config, seed=0)
+
+
+def test_a_character_in_both_folders_is_refused(tmp_path: Path):
+    path = omniglot(tmp_path)
+    drawn(tmp_path / "images_evaluation" / "Greek" / "character01" / "0101_01.png", 9)
+    config = tiny.digits(section(kind="omniglot", path=path, size=16, ways=2)).data
+    with pytest.raises(DataError, match=r"4 are in both .*, such as Greek/character01, 0°"):
         open_tasks(config, seed=0)
 
 

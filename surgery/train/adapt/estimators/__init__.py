@@ -8,7 +8,7 @@
 - ``bayesian``: the same of a posterior over the parameters (iBaML)
 """
 
-from surgery.train.adapt.estimators.base import Estimate, Estimator
+from surgery.train.adapt.estimators.base import Estimate, Estimator, Solved
 from surgery.train.adapt.estimators.bayesian import Bayesian, Posterior
 from surgery.train.adapt.estimators.binomial import Binomial
 from surgery.train.adapt.estimators.first_order import FirstOrder
@@ -24,6 +24,7 @@ __all__ = [
     "FirstOrder",
     "Implicit",
     "Posterior",
+    "Solved",
     "Truncated",
     "Unrolled",
 ]

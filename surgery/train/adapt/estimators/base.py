@@ -12,6 +12,18 @@ from torch import Tensor
 from surgery.train.adapt.inner import Meta, Problem, Task, Tensors, Trace
 
 
+class Solved(NamedTuple):
+    """How well conjugate gradients did.
+
+    Attributes:
+        residual: Norm of b - A x over that of b, a scalar.
+        indefinite: Whether a direction of no positive curvature ended the search, a scalar bool.
+    """
+
+    residual: Tensor
+    indefinite: Tensor
+
+
 class Estimate(NamedTuple):
     """The meta-gradient of one task.
 
@@ -19,11 +31,13 @@ class Estimate(NamedTuple):
         gradient: Of the query loss with respect to everything that is meta-learned, in its shapes.
         loss: Query loss after the inner loop, a scalar.
         trace: What the inner loop saw, (K,) each.
+        solved: How well a linear system was solved on the way; where none was, it is.
     """
 
     gradient: Meta
     loss: Tensor
     trace: Trace
+    solved: Solved = Solved(torch.zeros(()), torch.zeros((), dtype=torch.bool))
 
 
 class Estimator(ABC):
@@ -46,9 +60,16 @@ class Estimator(ABC):
         """What the estimator itself learns, as it starts; empty for nothing."""
         return {}
 
+    def walked(
+        self, problem: Problem, meta: Meta, support: Tensors, steps: int
+    ) -> tuple[list[Tensors], Trace]:
+        """States after 0 to ``steps`` inner steps, as ``predicted`` takes them; what was seen."""
+        path = problem.path(meta, support, steps, states=True)
+        return path.states, path.trace
+
     def adapted(self, problem: Problem, meta: Meta, support: Tensors, steps: int) -> list[Tensors]:
         """States after 0 to ``steps`` inner steps, as ``predicted`` takes them."""
-        return problem.path(meta, support, steps, states=True).states
+        return self.walked(problem, meta, support, steps)[0]
 
     def predicted(
         self,

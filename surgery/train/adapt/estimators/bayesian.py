@@ -30,6 +30,7 @@ from surgery.train.adapt.inner import (
     added,
     grad_and_value,
     norm,
+    trace_of,
     vjp,
 )
 
@@ -95,21 +96,24 @@ class Bayesian(Estimator):
             return self._force(problem, others, prior, state, support=task.support, noise=noise)[0]
 
         _, pull = vjp(force, meta.others, prior, state)
-        x = conjugate_gradients(
+        x, solved = conjugate_gradients(
             lambda v: pull(v)[2],
             outer,
             steps=self.solver_steps,
             diagonal=_curvature(prior, state, self._weight(task.support)),
-        ).x
+        )
         on_others, on_prior, _ = pull(x)
         start = {n: -on_prior[_MEAN + n] for n in meta.start}
         extra = {n: -value for n, value in on_prior.items() if n.startswith(_LOG_VARIANCE)}
-        return Estimate(Meta(start, added(others, on_others, -1.0), extra), loss, trace)
+        gradient = Meta(start, added(others, on_others, -1.0), extra)
+        return Estimate(gradient, loss, trace, solved)
 
-    def adapted(self, problem: Problem, meta: Meta, support: Tensors, steps: int) -> list[Tensors]:
-        """Means and logarithms of variances after 0 to ``steps`` inner steps."""
+    def walked(
+        self, problem: Problem, meta: Meta, support: Tensors, steps: int
+    ) -> tuple[list[Tensors], Trace]:
+        """Means and logarithms of variances after 0 to ``steps`` inner steps; what was seen."""
         noise = _noise(meta.start, self.draws)
-        return self._descended(problem, meta, support, noise, steps)[0]
+        return self._descended(problem, meta, support, noise, steps)
 
     def posterior(self, state: Tensors) -> Posterior:
         """What a state says about the parameters."""
@@ -176,7 +180,7 @@ class Bayesian(Estimator):
             losses.append(energy)
             norms.append(norm(gradient))
             states.append(added(states[-1], problem.rule.update({}, gradient), -1.0))
-        return states, Trace(torch.stack(losses), torch.stack(norms))
+        return states, trace_of(losses, norms, meta.start)
 
 
 def _prior(meta: Meta) -> Tensors:

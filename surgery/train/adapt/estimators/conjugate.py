@@ -6,23 +6,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from surgery.train.adapt.estimators.base import Solved
 from surgery.train.adapt.inner import Tensors, dot, norm
 
 
-class Solved(NamedTuple):
+class Solution(NamedTuple):
     """A solution.
 
     Attributes:
         x: By name.
-        residual: Norm of b - A x over that of b, a scalar.
-        indefinite: Whether a direction of no positive curvature ended the search, a scalar bool.
+        solved: How well.
     """
 
     x: Tensors
-    residual: Tensor
-    indefinite: Tensor
+    solved: Solved
 
 
 def conjugate_gradients(
@@ -32,7 +30,7 @@ def conjugate_gradients(
     steps: int,
     diagonal: Tensors | None = None,
     tolerance: float = 1e-10,
-) -> Solved:
+) -> Solution:
     """Solve ``A x = b`` for a symmetric positive definite A.
 
     The Hessian of a network need not be definite. A direction along which ``pᵀ A p`` is not
@@ -67,7 +65,7 @@ def conjugate_gradients(
         turn = torch.where(going, new / torch.where(going, rz, 1.0), 0.0)
         p = {n: t + turn * p[n] for n, t in z.items()}
         rz = new
-    return Solved(x, norm(r) / scale, stopped)
+    return Solution(x, Solved(norm(r) / scale, stopped))
 
 
 def _preconditioned(r: Tensors, diagonal: Tensors | None) -> Tensors:

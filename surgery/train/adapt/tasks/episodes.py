@@ -6,7 +6,8 @@ episodes that it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -127,6 +128,25 @@ def check_shape(classes: Mapping[str, Sequence[int]], shape: Episode, part: str)
             f"{part} class {name} has {len(indices)} samples",
             hint="lower data.shots or data.queries, or remove the class",
         )
+
+
+def check_apart(folder: Path, *parts: tuple[str, Iterable[str]]) -> None:
+    """Refuse classes that are both trained on and held out.
+
+    Args:
+        folder: What an error names.
+        parts: The two parts, by name, with the names of what must be in one of them only.
+
+    Raises:
+        DataError: with some of them.
+    """
+    (one, ours), (other, theirs) = parts
+    both = sorted({*ours} & {*theirs})
+    need(
+        not both,
+        f"{folder}: {len(both)} are in both {one} and {other}, such as {', '.join(both[:1])}",
+        hint="what is held out must not be trained on: remove it from one of them",
+    )
 
 
 def by_class(labels: Tensor, names: Sequence[str]) -> dict[str, list[int]]:

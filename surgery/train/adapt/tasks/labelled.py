@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,20 +133,39 @@ def _labels(pool: Samples) -> Tensor:
     return cast("ImageSamples", pool).labels
 
 
+#: What NumPy raises for a file that is cut short or damaged.
+_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def _read(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Images and labels of an archive, as they are."""
+    try:
+        # Opened here: NumPy leaves a file open whose archive is damaged.
+        with path.open("rb") as file:
+            opened = np.load(file, allow_pickle=False)
+            need(
+                isinstance(opened, np.lib.npyio.NpzFile),
+                f"{path} holds one array, expected an archive with images and labels",
+                hint="write it with numpy.savez(path, images=..., labels=...)",
+            )
+            missing = [name for name in ("images", "labels") if name not in opened]
+            need(not missing, f"{path} has no array {' and no array '.join(missing)}")
+            return opened["images"], opened["labels"]
+    except _DAMAGED as error:
+        raise DataError(
+            f"{path} cannot be read as .npz: {error}",
+            hint="write it with numpy.savez(path, images=..., labels=...)",
+        ) from None
+
+
 def _arrays(path: Path) -> tuple[Tensor, NDArray[np.int64]]:
     """Images uint8 or float32 (N, C, H, W), and labels (N,)."""
     need(path.is_file(), f"there is no file {path}", hint="a path starts at the working folder")
-    try:
-        with np.load(path, allow_pickle=False) as opened:
-            missing = [name for name in ("images", "labels") if name not in opened]
-            need(not missing, f"{path} has no array {' and no array '.join(missing)}")
-            images, labels = opened["images"], opened["labels"]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}") from None
+    images, labels = _read(path)
     if images.ndim == 3:
         images = images[:, None]
     need(
-        images.ndim == 4 and len(images) > 0,
+        images.ndim == 4 and images.size > 0,
         f"{path}: images have the shape {images.shape}, expected (N, C, H, W) or (N, H, W)",
     )
     need(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from surgery.train.adapt.tasks.configs import OmniglotTasks
-from surgery.train.adapt.tasks.episodes import by_class
+from surgery.train.adapt.tasks.episodes import by_class, check_apart
 from surgery.train.adapt.tasks.labelled import assembled
 from surgery.train.data.base import Batch, Data, Facts, Samples, need
 from surgery.train.data.folder import existing
-from surgery.train.data.images import is_image
+from surgery.train.data.images import check_files, is_image
 from surgery.train.data.stored import FileSamples
 from surgery.train.data.transforms import evaluation
 
@@ -49,13 +49,14 @@ def open_omniglot(config: OmniglotTasks, *, seed: int) -> Data:
         seed: What the tasks of the training are drawn from.
 
     Raises:
-        DataError: a folder is missing or empty, a file cannot be decoded, or there are too few
-            characters or drawings of one.
+        DataError: a folder is missing or empty, a file is no image, a character is in both folders,
+            or there are too few characters or drawings of one.
     """
     folder = existing(config.path)
     parts = [_part(folder / name, config) for name in (TRAIN, HELD_OUT)]
     facts = Facts(config.kind, channels=1, size=(config.size, config.size))
     (train, train_classes), (held_out, held_out_classes) = parts
+    check_apart(folder, (TRAIN, train_classes), (HELD_OUT, held_out_classes))
     return assembled(config, facts, (train, held_out), (train_classes, held_out_classes), seed)
 
 
@@ -74,6 +75,7 @@ def _part(folder: Path, config: OmniglotTasks) -> tuple[Samples, dict[str, list[
         labels += [len(names)] * len(files)
         names.append(place)
     need(bool(names), f"{folder} has no folders ALPHABET/CHARACTER with images")
+    check_files(folder, paths, "headers", config.size)
     tensor = torch.tensor(labels)
     images = _opened(folder, paths, tensor, config.size)
     classes = by_class(tensor, names)
