@@ -35,6 +35,7 @@ from harness import Ratio, as_data, interleave, table  # noqa: E402
 from problems import as_number, learner_of, peak_bytes  # noqa: E402
 
 from surgery import files  # noqa: E402
+from surgery.errors import TrainingError  # noqa: E402
 from surgery.table import human_bytes  # noqa: E402
 from surgery.train.adapt.config import AdaptConfig  # noqa: E402
 from surgery.train.adapt.run import adapt  # noqa: E402
@@ -47,7 +48,10 @@ PAGE = ROOT / "docs" / "adaptation-evidence.md"
 PICTURE = ROOT / "docs" / "images" / "adaptation-evidence.png"
 SEEDS = (0, 1, 2, 3, 4)
 AFTER = (1, 2, 5, 10)
+DIVERGED = "diverged.txt"
 BASELINE, UNTRAINED, COMPARED = "MAML", "untrained", 5
+#: The problem on which the authors' scale is tried beside the formula.
+SCALED_ON = "sinusoid-5"
 Cell = Mapping[str, Any]
 
 
@@ -114,8 +118,14 @@ def measure_all(args: argparse.Namespace) -> None:
     # Seed by seed: an evening that is cut off leaves whole columns.
     for problem in args.only:
         for seed in args.seeds:
-            for method in args.methods:
-                measure(problem, method, seed, args.steps)
+            for method in methods_of(problem):
+                if args.methods in method:
+                    measure(problem, method, seed, args.steps)
+
+
+def methods_of(problem: str) -> list[str]:
+    """Those that are compared on a problem."""
+    return [method for method in METHODS if problem == SCALED_ON or "scaled" not in method]
 
 
 def warm_up() -> None:
@@ -134,21 +144,39 @@ def measure(problem: str, method: str, seed: int, steps: int | None) -> None:
     config = configuration(problem, method, seed, steps)
     out = folder / f"{slug(method)}-{seed}"
     # In a fork, so that its peak of memory is its own.
-    peak = peak_bytes(partial(adapt, config, out=out, resume=True))
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "evaluation"][-1]
-    found = {
+    peak = peak_bytes(partial(train, config, out))
+    found: dict[str, Any] = {
         "problem": problem,
         "method": method,
         "seed": seed,
         "meta_steps": config.train.steps,
-        "measured": {key: as_number(v) for key, v in last.items() if key not in ("kind", "step")},
         "peak_bytes": peak,
     }
+    if (out / DIVERGED).exists():
+        found["diverged"] = (out / DIVERGED).read_text()
+    else:
+        found["measured"] = last_evaluation(out)
     results.mkdir(parents=True, exist_ok=True)
     files.write(file, json.dumps(found, indent=1) + "\n")
     key = PROBLEMS[problem].measure
-    print(f"{problem}, {method}, seed {seed}: {key} {found['measured'][key]}", flush=True)
+    said = found.get("diverged") or f"{key} {found['measured'][key]}"
+    print(f"{problem}, {method}, seed {seed}: {said}", flush=True)
+
+
+def train(config: AdaptConfig, out: Path) -> None:
+    """A run; one that diverges, which is a result too, leaves a note of it."""
+    try:
+        adapt(config, out=out, resume=True)
+    except TrainingError as error:
+        if "diverged" not in error.message:
+            raise
+        files.write(out / DIVERGED, error.message)
+
+
+def last_evaluation(out: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "evaluation"][-1]
+    return {key: as_number(v) for key, v in last.items() if key not in ("kind", "step")}
 
 
 def configuration(problem: str, method: str, seed: int, steps: int | None) -> AdaptConfig:
@@ -183,9 +211,9 @@ def write_page() -> None:
     found = {name: [c for c in cells if c["problem"] == name] for name in PROBLEMS}
     found = {name: ours for name, ours in found.items() if ours}
     parts = [HEAD, *(section(name, ours) for name, ours in found.items())]
-    missing = len(PROBLEMS) * len(METHODS) * len(SEEDS) - len(cells)
-    if missing:
-        parts.append(f"{missing} of {missing + len(cells)} cells are not measured yet.\n")
+    asked = sum(map(len, map(methods_of, PROBLEMS))) * len(SEEDS)
+    if len(cells) < asked:
+        parts.append(f"{asked - len(cells)} of {asked} cells are not measured yet.\n")
     draw(found)
     files.write(PAGE, "\n".join(parts))
 
@@ -206,7 +234,8 @@ nothing here was edited by hand.
 - **Digits**: four convolutions of 32 filters, 4 tasks a meta-step, accuracy in % on 100 held-out
   tasks of the digits 5 to 9, which are never trained on. Guessing is right for 20 %.
 - **Results** are means over the seeds ± the 95 % interval of the mean by Student's t, after so many
-  inner steps. The seeds share the held-out tasks.
+  inner steps. The seeds share the held-out tasks. Training stops where the inner loop of a task
+  diverges: such a seed is counted, and its row is of the others.
 - **Difference**: after 5 steps, less MAML's, seed by seed, with the 95 % interval. Where it holds
   zero, no difference was shown. The comparisons are not corrected for their number.
 - **Time** was measured apart: meta-steps of all methods in turns, one thread, median of the turns,
@@ -232,10 +261,11 @@ def section(name: str, cells: Sequence[Cell]) -> str:
         if not ours:
             continue
         peak = statistics.median(cell["peak_bytes"] for cell in ours)
+        lost = sum("diverged" in cell for cell in ours)
         rows.append(
             [
                 method,
-                str(len(ours)),
+                f"{len(ours)} ({lost} diverged)" if lost else str(len(ours)),
                 *(spread(values_of(cells, method, problem, k)) for k in AFTER),
                 difference(values_of(cells, method, problem, COMPARED), baseline, method),
                 *timed(clock, method),
@@ -254,7 +284,7 @@ def values_of(cells: Sequence[Cell], method: str, problem: Problem, steps: int) 
     key = problem.measure + ("" if steps == COMPARED else f"@{steps}")
     scale = 100 if problem.measure == "accuracy" else 1
     ours = [cell for cell in cells if cell["method"] == method]
-    return {cell["seed"]: scale * cell["measured"][key] for cell in ours}
+    return {cell["seed"]: scale * cell["measured"][key] for cell in ours if "measured" in cell}
 
 
 def half_width(values: Collection[float]) -> float:
@@ -263,6 +293,8 @@ def half_width(values: Collection[float]) -> float:
 
 
 def spread(values: Mapping[int, float]) -> str:
+    if not values:
+        return "-"
     mean = statistics.fmean(values.values())
     if len(values) < 2:
         return f"{mean:.4g}"
@@ -291,7 +323,7 @@ def timed(clock: Mapping[str, Any], method: str) -> list[str]:
 
 def clock(name: str, rounds: int) -> None:
     """Time a meta-step of every method at a problem, in turns."""
-    timed_methods = [method for method in METHODS if method != UNTRAINED]
+    timed_methods = [method for method in methods_of(name) if method != UNTRAINED]
     work: dict[str, Callable[[], object]] = {}
     for method in timed_methods:
         made, _, batches = learner_of(configuration(name, method, 0, None))
@@ -318,7 +350,7 @@ def draw(found: Mapping[str, Sequence[Cell]]) -> None:
         for index, method in enumerate(METHODS):
             # Curves of one place would hide each other's intervals.
             shift = 1 + 0.012 * (index - len(METHODS) / 2)
-            by = [list(values_of(cells, method, problem, k).values()) for k in AFTER]
+            by = [values_of(cells, method, problem, k).values() for k in AFTER]
             if len(by[0]) < 2:
                 continue
             means, halves = [statistics.fmean(v) for v in by], [half_width(v) for v in by]
@@ -357,7 +389,6 @@ def arguments() -> argparse.Namespace:
     unknown = [name for name in args.only if name not in PROBLEMS]
     if unknown:
         parser.error(f"{unknown[0]!r} is no problem; known: {', '.join(PROBLEMS)}")
-    args.methods = [method for method in METHODS if args.methods in method]
     return args
 
 
