@@ -76,7 +76,9 @@ class BlockIAF(MirrorMap):
         self.decoders = nn.ModuleList(
             Decoder(sizes[index][::-1], made_with) for index in range(first.stop, last.stop)
         )
-        self._widths = tuple([widths[index] for index in block] for block in self.blocks)
+        # Where the part of each tensor is in what the autoregressor of its block gives.
+        ends = [list(itertools.accumulate(widths[i] for i in block)) for block in self.blocks]
+        self._spans = tuple(pair for each in ends for pair in itertools.pairwise([0, *each]))
 
     def _cut(self) -> Iterator[range]:
         """The blocks, as ranges of indices of tensors."""
@@ -100,7 +102,7 @@ class BlockIAF(MirrorMap):
         """Zero what scales and shifts, as the authors do; draw everything else, in our own way."""
         if any(parameter.is_meta for parameter in self.parameters()):
             return
-        for each in self._first():
+        for each in cast("Sequence[Elementwise]", self.first):
             each.clear()
         for encoder in cast("Sequence[Encoder]", self.encoders):
             encoder.draw(generator)
@@ -115,10 +117,11 @@ class BlockIAF(MirrorMap):
         primal: list[Tensor] = []
         embeddings: list[Tensor] = []
         for number, block in enumerate(self.blocks):
-            scales = self._scales(number, embeddings)
-            for index, (log_scale, shift) in zip(block, scales, strict=True):
+            hidden = self._hidden(number, embeddings)
+            for index in block:
+                log_scale, shift = self._scale(index, hidden)
                 primal.append(dual[index] * log_scale.exp() + shift)
-            embeddings.extend(self._embedded(number, dual))
+            embeddings += self._embedded(number, dual)
         return tuple(primal)
 
     def dual(self, *primal: Tensor) -> tuple[Tensor, ...]:
@@ -126,48 +129,46 @@ class BlockIAF(MirrorMap):
         dual: list[Tensor] = []
         embeddings: list[Tensor] = []
         for number, block in enumerate(self.blocks):
-            scales = self._scales(number, embeddings)
-            for index, (log_scale, shift) in zip(block, scales, strict=True):
+            hidden = self._hidden(number, embeddings)
+            for index in block:
+                log_scale, shift = self._scale(index, hidden)
                 dual.append((primal[index] - shift) * (-log_scale).exp())
-            embeddings.extend(self._embedded(number, dual))
+            embeddings += self._embedded(number, dual)
         return tuple(dual)
 
     def one(self, index: int, *dual: Tensor) -> Tensor:
         """One primal tensor: the encoders of the blocks before its own, and its own decoder."""
-        number = next(n for n, block in enumerate(self.blocks) if index in block)
-        embeddings = [e for earlier in range(number) for e in self._embedded(earlier, dual)]
-        place = index - self.blocks[number].start
-        log_scale, shift = next(
-            itertools.islice(self._scales(number, embeddings), place, place + 1)
-        )
+        embeddings: list[Tensor] = []
+        number = 0
+        while index not in self.blocks[number]:
+            embeddings += self._embedded(number, dual)
+            number += 1
+        log_scale, shift = self._scale(index, self._hidden(number, embeddings))
         return dual[index] * log_scale.exp() + shift
 
-    def _scales(self, number: int, embeddings: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Log-scale and shift of each tensor of a block, from the embeddings before it."""
-        if number == 0:
-            for each in self._first():
-                yield each.log_scale, each.shift
-            return
-        hidden = self.autoregressors[number - 1](torch.cat(list(embeddings)))
-        before, taken = len(self.blocks[0]), 0
-        for index, width in zip(self.blocks[number], self._widths[number], strict=True):
-            # Not split: its several outputs are more than checkpointing under the compiler takes.
-            part = hidden[taken : taken + width]
-            taken += width
-            decoder = cast("Decoder", self.decoders[index - before])
-            log_scale, shift = decoder(part)
-            shape = self.shapes[index]
-            yield log_scale.reshape(shape), shift.reshape(shape)
+    def _hidden(self, number: int, embeddings: list[Tensor]) -> Tensor | None:
+        """What the autoregressor makes of the embeddings before a block; the first has none."""
+        return self.autoregressors[number - 1](torch.cat(embeddings)) if number else None
 
-    def _embedded(self, number: int, dual: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _scale(self, index: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-scale and shift of a tensor."""
+        if hidden is None:
+            own = cast("Elementwise", self.first[index])
+            return own.log_scale, own.shift
+        # Not split: its several outputs are more than checkpointing under the compiler takes.
+        start, stop = self._spans[index]
+        log_scale, shift = self.decoders[index - len(self.blocks[0])](hidden[start:stop])
+        shape = self.shapes[index]
+        return log_scale.reshape(shape), shift.reshape(shape)
+
+    def _embedded(self, number: int, dual: Sequence[Tensor]) -> list[Tensor]:
         """The embeddings of the tensors of a block; none of the last one, which nothing reads."""
         if number == len(self.blocks) - 1:
-            return
-        for index in self.blocks[number]:
-            yield self.encoders[index](dual[index].reshape(modes_of(self.shapes[index])))
-
-    def _first(self) -> Sequence[Elementwise]:
-        return cast("Sequence[Elementwise]", self.first)
+            return []
+        return [
+            self.encoders[index](dual[index].reshape(modes_of(self.shapes[index])))
+            for index in self.blocks[number]
+        ]
 
 
 class Elementwise(nn.Module):

@@ -37,9 +37,10 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (*before) to (*after)."""
-        for mode, weight in enumerate(matrices(self)):
+        *others, last = matrices(self)
+        for mode, weight in enumerate(others):
             x = functional.linear(x.movedim(mode, -1), weight).movedim(-1, mode)
-        return x + self.bias
+        return functional.linear(x, last) + self.bias
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator | None) -> None:
@@ -112,9 +113,9 @@ class Decoder(nn.Module):
         self.shift.clear()
 
 
-def matrices(layer: KroneckerLinear) -> Iterator[Tensor]:
+def matrices(layer: KroneckerLinear) -> list[Tensor]:
     """The matrices of a layer, read one by one by name, as ``functional_call`` swaps them."""
-    return iter(cast("Sequence[Tensor]", layer.weights))
+    return [getattr(layer.weights, str(mode)) for mode in range(layer.bias.dim())]
 
 
 def _chain(sizes: Sequence[Shape], made_with: dict[str, Any]) -> Iterator[KroneckerLinear]:
