@@ -80,8 +80,9 @@ class Ascent:
         finite = torch.isfinite(norm)
         self._next.clear()
         if self._theta < 1:
-            kept = {p: torch.where(finite, d, self._last(p, d)) for p, d in directions.items()}
-            self._next.update(kept)
+            for parameter, direction in directions.items():
+                last = self._last(parameter, direction)
+                self._next[parameter] = torch.where(finite, direction, last)
         scale = self._rho / (norm + _EPSILON)
         places = {p: p.detach().clone() for p in directions}
         with torch.no_grad():

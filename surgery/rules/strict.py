@@ -100,9 +100,9 @@ def _told_in_rule_errors(cls: Any) -> Callable[..., None]:
 
 def _unlisted(value: object, kind: object) -> object:
     """A value with tuples for its lists, if an option of this type takes any."""
-    if not isinstance(value, list) or not _takes_tuple(kind):
-        return value
-    return tuple(_unlisted(each, kind) for each in cast("list[object]", value))
+    if isinstance(value, list) and _takes_tuple(kind):
+        return tuple(_unlisted(each, kind) for each in cast("list[object]", value))
+    return cast("object", value)
 
 
 def _takes_tuple(kind: object) -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import Mirror, Rule, mirrors
+from surgery.sources import Example
+from surgery.verification.outputs import leaves
 
 MAPS = ["diagonal", "legendre", "block_iaf", "layer_iaf"]
 
@@ -89,6 +91,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def result(report: surgery.Report, check: str) -> str:
     return next(row.result for row in report.rows if row.check == check)
+
+
+def call(model: nn.Module, example: Example) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = leaves(model(*example.args, **example.kwargs))
+    return {path: value for path, value in found.items() if isinstance(value, Tensor)}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

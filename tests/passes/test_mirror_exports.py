@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import surgery
 from surgery import CreatedBy, Freeze, LowRank, Mirror, Rule, Type, mirrors
 from surgery import Path as At
 from surgery.errors import CheckpointError, ExportError, ModelStateError
-from surgery.sources import Example
-from surgery.verification.outputs import leaves
 from tests import zoo
-from tests.passes.mirrored import Blocks, net, randomise, vectors
+from tests.passes.mirrored import Blocks, call, net, randomise, same, vectors
 
 pytestmark = [
     # torchao and diffusers announce their own changes while they are imported.
@@ -40,17 +37,7 @@ LIBRARIES = {
 }
 
 
-def call(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    with torch.no_grad():
-        found = leaves(model(*example.args, **example.kwargs))
-    return {path: value for path, value in found.items() if isinstance(value, Tensor)}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
-
-
-def mapped(name: str, rules: Any = NORMS) -> tuple[Any, Example]:
+def mapped(name: str, rules: Any = NORMS) -> tuple[Any, Any]:
     model, example = zoo.build(name)
     surgery.apply(model, rules, example=example)
     randomise(model, 0.05)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import surgery
 from surgery import (
@@ -26,10 +25,8 @@ from surgery import (
 )
 from surgery import Path as At
 from surgery.errors import ExportError
-from surgery.sources import Example
-from surgery.verification.outputs import leaves
 from tests import zoo
-from tests.passes.mirrored import randomise
+from tests.passes.mirrored import call, randomise, same
 
 pytestmark = [
     # torchao and diffusers announce their own changes while they are imported.
@@ -40,16 +37,6 @@ pytestmark = [
 NORMS = At(r"re:(?i).*norm.*")
 MODELS = ["timm_vit", "timm_convnext", "bert", "llama", "t5", "UNet2DConditionModel"]
 MODELS += ["DiTTransformer2DModel"]
-
-
-def call(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    with torch.no_grad():
-        found = leaves(model(*example.args, **example.kwargs))
-    return {path: value for path, value in found.items() if isinstance(value, Tensor)}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize("map", ["legendre", "block_iaf"])

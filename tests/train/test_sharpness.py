@@ -30,16 +30,21 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("sharpness", [SAM, VASSO], ids=["sam", "vasso"])
-def test_a_resumed_run_is_the_whole_one_in_every_bit(sharpness: str, tmp_path: Path):
-    config = tiny.digits(sharpness, "checkpoint.keep=3")
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    pretrain(config, out=whole)
+def interrupted(whole: Path, out: Path) -> None:
+    """A finished run as it was after its third step."""
     shutil.copytree(whole, out)
     shutil.rmtree(out / "model")
     for path in checkpoints.complete(out / "checkpoints"):
         if path.name != "step-000003":
             shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("sharpness", [SAM, VASSO], ids=["sam", "vasso"])
+def test_a_resumed_run_is_the_whole_one_in_every_bit(sharpness: str, tmp_path: Path):
+    config = tiny.digits(sharpness, "checkpoint.keep=3")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    pretrain(config, out=whole)
+    interrupted(whole, out)
     pretrain(config, out=out, resume=True)
     assert tiny.log(out) == tiny.log(whole)
     assert same_weights(out, whole)
@@ -171,11 +176,7 @@ def test_ranks_climb_the_same_way(parallel: str, tmp_path: Path):
     assert parts.finish(parts.start_ranks(2, train, both, overrides)) == [0, 0]
     # Sums of two ranks are added in another order, which eight steps of Adam grow.
     assert tiny.losses(both) == pytest.approx(tiny.losses(alone), rel=1e-4)
-    shutil.copytree(both, again)
-    shutil.rmtree(again / "model")
-    for path in checkpoints.complete(again / "checkpoints"):
-        if path.name != "step-000003":
-            shutil.rmtree(path)
+    interrupted(both, again)
     assert parts.finish(parts.start_ranks(2, train, again, overrides, True)) == [0, 0]
     assert tiny.log(again) == tiny.log(both)
     assert same_weights(again, both)
@@ -213,11 +214,7 @@ def test_a_rule_that_changes_factors_goes_on_in_every_bit(
     whole, out = tmp_path / "whole", tmp_path / "run"
     finetune(config, out=whole)
     assert acted == list(range(8))
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "model")
-    for path in checkpoints.complete(out / "checkpoints"):
-        if path.name != "step-000003":
-            shutil.rmtree(path)
+    interrupted(whole, out)
     finetune(config, out=out, resume=True)
     assert tiny.log(out) == tiny.log(whole)
     assert same_weights(out, whole)
