@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from surgery import mirrors
 from surgery.checkpoints import restore
 from surgery.errors import CheckpointError, ConfigError
 from surgery.table import human_count
@@ -98,6 +100,19 @@ def learner(run: Path) -> Learner:
     return made
 
 
+def _idle_maps(model: nn.Module, adapted: Collection[str]) -> list[str]:
+    """That a map is over parameters which the inner loop does not move: it is of no use to them."""
+    idle = [each for each in mirrors.attached(model) if not set(each.parameters) & set(adapted)]
+    if not idle:
+        return []
+    said = (
+        f"{len(idle)} mirror maps are over parameters that do not adapt, such as "
+        f"{idle[0].parameters[0]}: let those require gradients and inner.where select them, or "
+        "leave the maps out"
+    )
+    return [said]
+
+
 @dataclass
 class Adapting(OfAdapters["AdaptConfig"]):
     """A model that is trained to adapt.
@@ -154,7 +169,8 @@ class Adapting(OfAdapters["AdaptConfig"]):
             told += f", {human_count(others)} are the same for all tasks"
         if extra:
             told += f", {human_count(extra)} are learned beside the model"
-        return [told, *(() if self.built is None else self.built.warnings)]
+        warnings = () if self.built is None else self.built.warnings
+        return [told, *_idle_maps(model, meta.start), *warnings]
 
     def finish(self, model: nn.Module, data: Data, out: Path) -> str | None:
         """Write what is meta-learned beside the model."""
