@@ -300,10 +300,21 @@ def _selected(sites: ModelMap, rule: Rule, made: Pass) -> Selection:
 
 def _propose(rule: Rule, made: Pass, chosen: Selection, context: PlanContext) -> Sequence[Edit]:
     proposed = _named(rule, lambda: made.propose(chosen.matched, context))
-    in_force = [] if context.record is None else context.record.edits
-    _refuse_conflicts(proposed, in_force, applied=True)
+    before = [] if context.record is None else context.record.edits
+    _refuse_conflicts(proposed, _in_the_way(before), applied=True)
     _refuse_conflicts(proposed, context.earlier, applied=False)
     return proposed
+
+
+def _in_the_way(before: Sequence[Edit]) -> list[Edit]:
+    """Edits in force, but for those that lost all they added, as a map that was baked in did."""
+    left: list[Edit] = []
+    gone: set[str] = set()
+    for edit in reversed(before):
+        if not edit.adds or not gone.issuperset(edit.adds):
+            left.append(edit)
+        gone = (gone - edit.adds.keys()) | set(edit.removes)
+    return left[::-1]
 
 
 def _refuse_conflicts(proposed: Sequence[Edit], others: Sequence[Edit], *, applied: bool) -> None:

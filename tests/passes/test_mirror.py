@@ -523,6 +523,34 @@ def test_a_map_of_several_parameters_is_frozen_as_a_whole() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_a_parameter_gets_another_map_once_the_first_is_baked_in(tmp_path: Path) -> None:
+    model, x = mapped("legendre", where=At("norm")), images()
+    states, outputs = [state(model)], [model(x)]
+    surgery.apply(model, Rule(Freeze()))
+    states.append(state(model))
+    surgery.apply(model, Rule(Mirror(map="diagonal"), where=At("norm"), id="second"))
+    assert torch.equal(model(x), outputs[0])
+    randomise(model, 0.3)
+    states.append(state(model))
+    outputs.append(model(x))
+    assert not torch.allclose(*outputs, atol=1e-3)
+    with pytest.raises(Conflict, match=r"norm.weight has a mirror map already"):
+        surgery.plan(model, Rule(Mirror(), where=At("norm")))
+    surgery.apply(model, Rule(Freeze()))
+    surgery.save(model, tmp_path / "twice")
+    for each in (model, surgery.restore(tmp_path / "twice", model=net(seed=5))):
+        assert not mirrors.attached(each)
+        assert torch.equal(each(x), outputs[1])
+        surgery.undo(each, last=1)
+        assert same(state(each), states[2])
+        assert torch.equal(each(x), outputs[1])
+        surgery.undo(each, last=2)
+        assert same(state(each), states[0])
+        assert torch.equal(each(x), outputs[0])
+        surgery.undo(each)
+        assert type(each) is Net
+
+
 def test_frozen_for_good() -> None:
     model = mapped("legendre")
     surgery.apply(model, Rule(Freeze(keep_base="none")))
