@@ -18,7 +18,10 @@ from architectures.mirror.base import MirrorMap, draw_uniform, modes_of, outer_s
 
 #: The inverse stops where the residual is this share of the size of what is summed up in it.
 TOLERANCE = 1e-12
+#: How far from the given values, in shares of the sums, what it finds may be mapped.
+MISSED = 1e-6
 _STEPS = 200
+_HALVINGS = 100
 
 _linalg = cast("Any", torch.linalg)  # it has no types
 
@@ -105,13 +108,15 @@ class Legendre(MirrorMap):
 
         ``u_k = <a_k, z> + b_k`` solves ``u + M tanh(u) = v`` with ``M_kl = <a_k, a_l / exp(d)>``,
         ``v_k = <a_k, phi / exp(d)> + b_k``; everything is computed in float64, until the residual
-        is below ``TOLERANCE`` times the size of v and M. It has no gradient.
+        is below ``TOLERANCE`` times the size of v and M. What is found is mapped again: where
+        M is so large that it comes out further away than ``MISSED`` of the sums in ∇ψ, that
+        raises too. It has no gradient.
 
         Args:
             primal: One tensor in the shape it has.
 
         Raises:
-            ArithmeticError: a number is not finite, or the tolerance was not reached.
+            ArithmeticError: a number is not finite, or a tolerance was not reached.
         """
         (phi,) = primal
         factors = [factor.double() for factor in _list(self.factors)]
@@ -122,9 +127,13 @@ class Legendre(MirrorMap):
             gram = gram * ((factor / log_scale.double().exp()) @ factor.T)
         first, rest = factors[0], _product(factors[1:])
         inner = _inner(scaled, first, rest)
-        bends = torch.tanh(_solved(gram, inner + self.offsets.double()))
-        taken = self._combined(bends, first, rest) / scale
-        return ((scaled - taken).reshape(phi.shape).to(phi.dtype),)
+        offsets = self.offsets.double()
+        added = self._combined(torch.tanh(_solved(gram, inner + offsets)), first, rest)
+        z = scaled - added / scale
+        again = self._combined(torch.tanh(_inner(z, first, rest) + offsets), first, rest)
+        size = float(phi.abs().max()) + float(self._combined(*_sizes(first, rest)).max())
+        _check_missed(float((again - added).abs().max()), size)
+        return (z.reshape(phi.shape).to(phi.dtype),)
 
     def _directions(self) -> tuple[Tensor, Tensor | None]:
         """The first factor ``(rank, n)``, and the product of the others ``(rank, rest)`` if any."""
@@ -145,6 +154,19 @@ def _inner(folded: Tensor, first: Tensor, rest: Tensor | None) -> Tensor:
     return (torch.matmul(first, folded.flatten(1)) * rest).sum(-1)
 
 
+def _sizes(first: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``_combined`` takes for the largest that it can give."""
+    return first.new_ones(len(first)), first.abs(), None if rest is None else rest.abs()
+
+
+def _check_missed(missed: float, size: float) -> None:
+    if not missed <= MISSED * size:
+        raise ArithmeticError(
+            f"float64 does not hold the inverse of the map: what it gives is mapped {missed:g} "
+            f"away, of sums of {size:g}; its scales and directions are too far apart in size"
+        )
+
+
 def _list(parameters: nn.ParameterList) -> Sequence[Tensor]:
     """Parameters read one by one by name, as ``functional_call`` swaps them."""
     return list(cast("Sequence[Tensor]", parameters))
@@ -162,8 +184,9 @@ def _product(factors: Sequence[Tensor]) -> Tensor | None:
 
 def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     """``u`` with ``u + gram tanh(u) = wanted``, by Newton's method with halved steps."""
-    bound = TOLERANCE * max(float(wanted.abs().max()), float(gram.abs().sum(1).max()), 1.0)
-    u, residual = wanted, _residual(gram, wanted, wanted)
+    bound = TOLERANCE * _size(gram, wanted)
+    u = _near(gram, wanted)
+    residual = _residual(gram, u, wanted)
     for _ in range(_STEPS):
         if float(residual.abs().max()) <= bound:
             return u
@@ -180,6 +203,31 @@ def _solved(gram: Tensor, wanted: Tensor) -> Tensor:
     )
 
 
+def _near(gram: Tensor, wanted: Tensor) -> Tensor:
+    """About the solution, from wherever it starts: the residual alone can lead Newton nowhere.
+
+    ``u = wanted - gram c`` is a solution where c minimises the convex
+    ``½ <c, gram c> + Σ log cosh(wanted - gram c)``, and each step goes down on that.
+    """
+    enough = 1e-6 * _size(gram, wanted)
+    identity = torch.eye(len(wanted), dtype=wanted.dtype, device=wanted.device)
+    c, u = torch.zeros_like(wanted), wanted
+    for _ in range(_STEPS):
+        missing = torch.tanh(u) - c
+        # Written so that a residual that is no number ends it, too.
+        if not float((gram @ missing).abs().max()) > enough:
+            break
+        slopes = 1 - u.tanh().square()
+        step: Tensor = _linalg.solve(identity + slopes.unsqueeze(1) * gram, missing)
+        c = c + step * _length(gram @ step, step, u, c)
+        u = wanted - gram @ c
+    return u
+
+
+def _size(gram: Tensor, wanted: Tensor) -> float:
+    return max(float(wanted.abs().max()), float(gram.abs().sum(1).max()), 1.0)
+
+
 def _residual(gram: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
     return u + gram @ torch.tanh(u) - wanted
 
@@ -187,3 +235,25 @@ def _residual(gram: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
 def _is_closer(gram: Tensor, u: Tensor, wanted: Tensor, residual: Tensor) -> bool:
     """Whether the residual is smaller at u: a Newton step that is short enough makes it so."""
     return float(_residual(gram, u, wanted).square().sum()) < float(residual.square().sum())
+
+
+def _length(along: Tensor, step: Tensor, u: Tensor, c: Tensor) -> float:
+    """How much of a Newton step to take: all of it, or as far as it surely goes down."""
+
+    def derivative(t: float) -> float:
+        return float(along @ (c + t * step - torch.tanh(u - t * along)))
+
+    start = derivative(0.0)
+    if derivative(0.5) <= 0.2 * start and derivative(1.0) <= -0.1 * start:
+        return 1.0
+    low, high = 0.0, 1.0
+    # The derivative grows with t, from below zero: what is left of its zero lies lower than 0.
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if derivative(middle) > 0:
+            high = middle
+        else:
+            low = middle
+        if low > 0 and derivative(low) >= 0.5 * start:
+            return low
+    return high

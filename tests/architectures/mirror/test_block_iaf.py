@@ -230,6 +230,14 @@ def test_one_is_the_same_as_all(made: MirrorMap) -> None:
         assert torch.equal(made.one(index, *given), value)
 
 
+def test_one_takes_its_own_decoder_alone() -> None:
+    made, given, calls = randomised(of(BlockIAF)), numbers(SHAPES), list[int]()
+    for number, decoder in enumerate(made.decoders):
+        decoder.register_forward_hook(lambda *_, number=number: calls.append(number))
+    made.one(6, *given)
+    assert calls == [2]
+
+
 def test_layer_iaf_is_block_iaf_with_blocks_of_one_tensor() -> None:
     layer, block = of(LayerIAF), of(BlockIAF, blocks=1)
     randomised(layer)

@@ -271,6 +271,51 @@ def test_the_inverse_of_a_stiff_map() -> None:
     torch.testing.assert_close(made(made.dual(phi)[0])[0], phi, rtol=1e-7, atol=1e-7)
 
 
+def uneven(directions: float, scales: float, seed: int, shape: tuple[int, ...] = (4, 3)) -> Any:
+    """A map whose scales differ by e to the power of ``scales`` and more, with 9 directions."""
+    made = Legendre([shape], options=Legendre.Options(rank=9), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(drawn * (scales if "scale" in name else directions))
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("seed", [25, 0])
+@pytest.mark.parametrize("far", [1e2, 1e4])
+def test_the_inverse_of_uneven_maps_far_out(seed: int, far: float) -> None:
+    """Newton's method on the residual alone gets stuck in the first."""
+    made = uneven(10, 4, seed)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).double() * far
+    phi = made(z)[0]
+    again = made(made.dual(phi)[0])[0]
+    # 1e-12 of sums of which the terms exceed phi by some orders of magnitude.
+    torch.testing.assert_close(again, phi, rtol=0, atol=1e-7 * float(phi.abs().max()))
+
+
+def test_an_inverse_that_float64_does_not_hold_is_told() -> None:
+    made = uneven(10, 4, 25)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(25)).double()
+    with pytest.raises(ArithmeticError, match="float64 does not hold the inverse"):
+        made.dual(made(z)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("far", [1.0, 1e4])
+def test_the_jacobian_is_the_formula_of_the_docstring(seed: int, far: float) -> None:
+    """``diag(exp(d)) + Σ_k a_k a_kᵀ (1 - tanh²)``, from d and a_k written out in full."""
+    made = uneven(1, 0.5, seed)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).double() * far
+    d = (made.log_scales[0][:, None] + made.log_scales[1]).flatten()
+    a = torch.einsum("ki,kj->kij", *made.factors).flatten(1)
+    slopes = 1 - torch.tanh(a @ z.flatten() + made.offsets).square()
+    expected = d.exp().diag() + a.T @ (slopes[:, None] * a)
+    jacobian = jacrev(lambda z: made(z)[0])(z).reshape(12, 12)
+    torch.testing.assert_close(jacobian, expected, rtol=1e-9, atol=1e-9)
+    assert float(torch.linalg.eigvalsh(expected).min()) >= 0.99 * float(d.exp().min())
+
+
 def test_what_has_no_inverse_is_told() -> None:
     made = build("legendre", (3,))
     with pytest.raises(ArithmeticError, match="did not come within 1e-12"):
