@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.errors import CheckpointError, TrainingError
 from surgery.train import randomness
 from surgery.train.adapt.estimators import Bayesian, Estimate, Implicit
-from surgery.train.adapt.inner import Trace
+from surgery.train.adapt.inner import Meta, Trace
 from surgery.train.adapt.learner import Batch, Learner, trouble
 from surgery.train.objectives.base import POSITION, Gather, Objective, alone, measured
 
@@ -50,10 +50,12 @@ class MetaObjective(Objective):
         """Mean query loss of the tasks of a batch; its gradient is the estimator's.
 
         Raises:
-            TrainingError: an inner loop diverges; with the task, the inner step and the norm.
+            TrainingError: an inner loop diverges, with the task, the inner step and the norm; or
+                the meta-gradient is not finite, with the parameter.
         """
         found = self.learner.estimated(batch)
         self._check(found.trace, found.loss, batch, f"step {step}")
+        _check_gradient(found.gradient, f"step {step}")
         self._doubt(found, step)
         gradients = [value for part in found.gradient for value in part.values()]
         parameters = self.learner.parameters()
@@ -171,16 +173,38 @@ def load_extra(learner: Learner, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it is of another inner loop or model.
     """
+    other = "use the configuration that the run was started with"
     if state.keys() != learner.extra.keys():
         odd = sorted(state.keys() ^ learner.extra.keys())
         raise CheckpointError(
             f"what is meta-learned beside the model is of another inner loop: {len(odd)} tensors "
             f"are in one of the two only, such as {odd[0]}",
-            hint="use the configuration that the run was started with",
+            hint=other,
         )
+    for name, value in learner.extra.items():
+        # Smaller ones would be broadcast.
+        if state[name].shape != value.shape:
+            raise CheckpointError(
+                f"{name} has the shape {tuple(state[name].shape)} there and {tuple(value.shape)} "
+                "in this inner loop",
+                hint=other,
+            )
     with torch.no_grad():
         for name, value in learner.extra.items():
             value.copy_(state[name])
+
+
+def _check_gradient(gradient: Meta, when: str) -> None:
+    """Refuse a meta-gradient that is not finite where all losses are."""
+    for part in gradient:
+        for name, value in part.items():
+            if not bool(torch.isfinite(value).all()):
+                raise TrainingError(
+                    f"{when}: the meta-gradient of {name} is not finite, and all losses of the "
+                    "inner loops are: it diverged in second derivatives, or in the forward at "
+                    "values without one, such as a root of zero",
+                    hint="lower inner.lr or inner.steps, or use estimator: {name: first-order}",
+                )
 
 
 def _first(*broken: Tensor) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -458,6 +458,28 @@ def test_a_batch_norm_with_one_sample_is_named():
         Learner(one, data.facts, model, example_of(data))
 
 
+class Kinked(nn.Module):
+    """Has a slope at its start, and no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.zeros(1))
+        self.inner = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.power.abs() ** 1.5 * x
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap"])
+def test_a_meta_gradient_that_is_not_finite_stops_with_the_parameter(parallel: str):
+    made = learner_with(Kinked(), 'estimator={"name": "binomial", "terms": 1}')
+    mapped = made.config.inner.model_copy(update={"parallel": parallel})
+    made.config = made.config.model_copy(update={"inner": mapped})
+    aim, batch = MetaObjective(made), example_of(Adapting(made.config).data())
+    with pytest.raises(TrainingError, match=r"step 3: the meta-gradient of power is not finite"):
+        aim.loss(made.model, batch, step=3)
+
+
 class Tied(nn.Module):
     """Two layers with one weight."""
 
@@ -649,8 +671,12 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no run has ended there"):
         learner(tmp_path)
     run = adapt(of("unrolled", "train.steps=1"), out=tmp_path / "run")
+    learned = load_file(run.out / EXTRA)
     (run.out / EXTRA).unlink()
     with pytest.raises(CheckpointError, match="is of another inner loop: 6 tensors"):
+        learner(run.out)
+    save_file({name: value[:1] for name, value in learned.items()}, run.out / EXTRA)
+    with pytest.raises(CheckpointError, match=r"has the shape \(1,.*\) there and \(8,.*\) in this"):
         learner(run.out)
 
 
