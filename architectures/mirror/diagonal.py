@@ -56,6 +56,9 @@ class Diagonal(MirrorMap):
             raise ValueError(f"f has 1 piece or more, got pieces={pieces!r}")
         if not radius > 0:
             raise ValueError(f"the pieces cover ±radius, which must be positive, got {radius!r}")
+        holds = torch.finfo(made_with["dtype"] or torch.get_default_dtype())
+        if not holds.tiny * pieces <= radius <= holds.max:
+            raise ValueError(f"{holds.dtype} does not hold pieces that cover ±{radius!r}")
         own = self.shapes[0] if self.options.share == "element" else ()
         self.log_slopes = nn.Parameter(torch.empty((pieces, *own), **made_with))
         self.shift = nn.Parameter(torch.empty(own, **made_with))

@@ -35,9 +35,10 @@ class Legendre(MirrorMap):
         ∇ψ(z) = exp(d) ⊙ z + Σ_k a_k tanh(<a_k, z> + b_k)
 
     ψ is strongly convex and smooth on the whole space, so ∇ψ is one to one and onto, and its
-    Jacobian, ``diag(exp(d)) + Σ_k a_k a_kᵀ (1 - tanh²)``, is symmetric positive definite. To cost
-    little, ``d`` is a sum of one vector for each dimension of the tensor, and each ``a_k`` a
-    product of such; the positions of a convolution's kernel count as one dimension.
+    Jacobian, ``diag(exp(d)) + Σ_k a_k a_kᵀ (1 - tanh²)``, is symmetric positive definite, whatever
+    the parameters are, as long as the dtype holds ``exp(d)``. To cost little, ``d`` is a sum of one
+    vector for each dimension of the tensor, and each ``a_k`` a product of such; the positions of a
+    convolution's kernel count as one dimension.
 
     Attributes:
         log_scales: For each dimension, of size n, its part of ``d``: ``(n,)``.

@@ -327,6 +327,10 @@ def test_what_has_no_inverse_is_told() -> None:
     [
         (Diagonal, {"pieces": 0}, "pieces=0"),
         (Diagonal, {"radius": 0.0}, "must be positive, got 0.0"),
+        (Diagonal, {"radius": math.nan}, "must be positive, got nan"),
+        (Diagonal, {"radius": math.inf}, "float32 does not hold pieces that cover ±inf"),
+        (Diagonal, {"radius": 1e300}, r"float32 does not hold pieces that cover ±1e\+300"),
+        (Diagonal, {"radius": 1e-300}, "float32 does not hold pieces that cover ±1e-300"),
         (Legendre, {"rank": 0}, "rank=0"),
     ],
 )
