@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from surgery.errors import ModelStateError
 from surgery.optim.altlora import AltLoRA
 from surgery.optim.galore import GaLoreAdamW
-from surgery.optim.lora_pro import LoRAPro
+from surgery.optim.lora_pro import LoRAPro, adjust
 from surgery.optim.nora_plus import NoRAPlus
 from surgery.optim.reflora import RefLoRA, precondition
 from surgery.optim.reflora_s import RefLoRAS
@@ -150,6 +150,22 @@ def test_rules_that_need_the_gradient_at_the_factors_are_refused(rule: type[Step
     with pytest.raises(ModelStateError, match=rf"{rule.__name__} takes the gradients for .*uphill"):
         rule([adapter(A, B)]).attach(optimizer)
     rule([adapter(A, B)]).attach(SGD([A, B], lr=LR))
+
+
+def test_why_lora_pro_needs_the_gradient_at_the_factors():
+    """Its step is the nearest to that of the weight for gradients of one G, and for no others."""
+    A, B = (each.detach() for each in factors())
+    d = gradients(A, B)
+    norm = torch.sqrt(d[0].square().sum() + d[1].square().sum())
+    rows = torch.arange(1, 6, dtype=A.dtype)[:, None]
+    G = rows * ((B + RHO * d[1] / norm) @ (A + RHO * d[0] / norm) - TARGET)
+    outside_B = torch.eye(5, dtype=A.dtype) - B @ torch.linalg.pinv(B)
+    outside_A = torch.eye(4, dtype=A.dtype) - torch.linalg.pinv(A) @ A
+    nearest = G - outside_B @ G @ outside_A
+    own, other = ((B.T @ G, G @ A.T), uphill(A, B, d))
+    moves = [B @ g_A + g_B @ A for g_A, g_B in (adjust(A, B, *own), adjust(A, B, *other))]
+    torch.testing.assert_close(moves[0], nearest, rtol=1e-6, atol=1e-6)  # delta is 1e-8
+    assert float((moves[1] - nearest).norm() / nearest.norm()) > 0.01
 
 
 def test_the_ascent_comes_before_the_rules():
