@@ -111,7 +111,7 @@ class Legendre(MirrorMap):
         ``v_k = <a_k, phi / exp(d)> + b_k``; everything is computed in float64, until the residual
         is below ``TOLERANCE`` times the size of v and M. What is found is mapped again: where
         M is so large that it comes out further away than ``MISSED`` of the sums in ∇ψ, that
-        raises too. It has no gradient.
+        raises too. It has no gradient and is not for ``vmap``, as it looks at numbers.
 
         Args:
             primal: One tensor in the shape it has.
