@@ -163,8 +163,10 @@ class Mirror(Pass):
         found: dict[str, str] = {}
         for made in edit.payload["maps"]:
             start = f"{_prefix(made)}."
-            first = next(name for name in edit.adds if name.startswith(start))
-            found.update((joined(path, name), first) for path, name in made["members"])
+            own = [name for name in edit.adds if name.startswith(start)]
+            found.update(
+                (joined(path, name), by) for path, name in made["members"] for by in own[:1]
+            )
         return found
 
     def warnings(self, edits: Sequence[Edit], context: PlanContext) -> Sequence[str]:
