@@ -100,7 +100,7 @@ class Bare:
     """Twenty lines of PyTorch."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        self.model = runs.build_model(config)
+        self.model, _ = runs.build_model(config)
         self.loss = forward_of(config)
         self.optimizer = AdamW(self.model.parameters(), lr=config.optim.lr, fused=True)
         schedule = config.schedule

@@ -12,21 +12,25 @@ from surgery import progress
 from surgery.capture.graft import stock_class
 from surgery.errors import ModelStateError
 from surgery.passes.streams import Segment, all_segments
-from surgery.planning import apply
+from surgery.planning import plan
 from surgery.select.stacks import find_stacks
 from surgery.sources import load
 from surgery.train.recompute import recompute
 from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
+    from surgery.rules import Recipe
     from surgery.train.config import PretrainConfig
 
 
-def build_model(config: PretrainConfig) -> nn.Module:
+def build_model(config: PretrainConfig) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with the rules applied, on the CPU and in train mode; the same on every rank.
 
     Args:
         config: The configuration; weights are drawn from its seed.
+
+    Returns:
+        The model, and what the plan of the rules says people should think about.
 
     Raises:
         SourceError: the model cannot be built.
@@ -37,12 +41,22 @@ def build_model(config: PretrainConfig) -> nn.Module:
     with progress.task(f"building {section.source}"):
         model = load(section.source, config=section.config, pretrained=False, dtype=section.dtype)
     recipe = config.recipe
-    if recipe is not None:
-        with progress.task(f"applying {recipe.recipe}"):
-            apply(model, recipe)
+    warnings = () if recipe is None else rewritten(model, recipe)
     if config.train.checkpointing:
         recompute(model)
-    return model.train()
+    return model.train(), warnings
+
+
+def rewritten(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """Apply a recipe.
+
+    Returns:
+        What its plan says people should think about.
+    """
+    with progress.task(f"applying {recipe.recipe}"):
+        planned = plan(model, recipe)
+        planned.apply()
+    return planned.warnings
 
 
 def wrapped_classes(model: nn.Module) -> list[str]:

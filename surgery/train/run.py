@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
-from surgery import files, progress
+from surgery import adapters, files, progress
 from surgery.checkpoints import save
 from surgery.errors import TrainingError
 from surgery.optim.sharpness import Ascent
+from surgery.passes.lowrank import LowRank
 from surgery.passes.streams import shortcuts
+from surgery.record import record_of
 from surgery.train import checkpoints, randomness
 from surgery.train.assembly import build_model, check_shardable, wrapped_classes
 from surgery.train.data.facts import write_facts
@@ -140,6 +142,7 @@ class Job(ABC, Generic[C]):
     """
 
     config: C
+    _penalised: bool = False
 
     @abstractmethod
     def data(self) -> Data:
@@ -158,11 +161,20 @@ class Job(ABC, Generic[C]):
         """The optimizer of what is trained, before the model is wrapped."""
 
     def prepared(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Take note of the plain model and optimizer once they are moved, wrapped and sharded."""
+        """Attach what the methods of adapters do around the optimizer's step.
+
+        Args:
+            model: The plain model, once it is moved, wrapped and sharded.
+            optimizer: The plain optimizer.
+        """
+        record = record_of(model)
+        if record is not None and any(edit.pass_name == LowRank.name for edit in record.edits):
+            adapters.prepare(model, optimizer)
+            self._penalised = adapters.penalty(model).requires_grad
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """A term of the loss that does not depend on the data; None for none."""
-        return None
+        """What the methods of adapters add to the loss (SORSA); None for nothing."""
+        return adapters.penalty(model) if self._penalised else None
 
     def kept(self) -> Kept:
         """Which tensors of the model a checkpoint holds; asked once there is a model."""
@@ -183,9 +195,15 @@ class Job(ABC, Generic[C]):
 
 @dataclass
 class Pretraining(Job["PretrainConfig"]):
-    """A model from random weights."""
+    """A model from random weights.
+
+    Attributes:
+        config: The configuration.
+        warnings: What the plan of its rules says, once the model was built.
+    """
 
     config: PretrainConfig
+    warnings: tuple[str, ...] = ()
 
     def data(self) -> Data:
         """What the section ``data`` names."""
@@ -195,7 +213,8 @@ class Pretraining(Job["PretrainConfig"]):
 
     def model(self, data: Data) -> nn.Module:
         """From the seed of the configuration."""
-        return build_model(self.config)
+        model, self.warnings = build_model(self.config)
+        return model
 
     def objective(self, data: Data, model: nn.Module) -> Objective:
         """What the section ``objective`` names."""
@@ -206,6 +225,10 @@ class Pretraining(Job["PretrainConfig"]):
     def optimizer(self, model: nn.Module) -> Optimizer:
         """What the section ``optim`` names."""
         return build_optimizer(model, self.config.optim)
+
+    def notes(self, model: nn.Module) -> Sequence[str]:
+        """What the plan of the rules says people should think about."""
+        return self.warnings
 
 
 def run_job(job: Job[Any], *, out: Path, resume: bool = False, tell: Tell | None = None) -> Run:

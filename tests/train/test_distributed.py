@@ -179,10 +179,10 @@ def sabotaged(out: Path, how: str) -> None:
                 raise ValueError("this rank has had enough")
             time.sleep(parts.PATIENCE)
 
-    def built(config: Any) -> nn.Module:
-        model = build(config)
+    def built(config: Any) -> tuple[nn.Module, tuple[str, ...]]:
+        model, told = build(config)
         model.get_submodule("blocks.1").register_full_backward_hook(stop)
-        return model
+        return model, told
 
     run.build_model = built
     train(out, ("train.timeout=20", "train.steps=200"))
@@ -225,10 +225,10 @@ def spoiled(out: Path) -> None:
         bad = os.environ["RANK"] == "1" and state["step"] == 3
         return output * float("nan") if bad else output
 
-    def built(config: Any) -> nn.Module:
-        model = build(config)
+    def built(config: Any) -> tuple[nn.Module, tuple[str, ...]]:
+        model, told = build(config)
         model.get_submodule("blocks.1").register_forward_hook(spoil)
-        return model
+        return model, told
 
     def counted(self: Any, model: nn.Module, batch: Any, *, step: int) -> torch.Tensor:
         state["step"] = step

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.errors import CheckpointError
 from surgery.train import checkpoints, run
+from surgery.train.config import PretrainConfig
 from surgery.train.logs import rewind
 from surgery.train.run import pretrain
 from tests.train import parts, tiny
@@ -50,7 +51,12 @@ def noisy(model: nn.Module) -> nn.Module:
 def train(folder: Path, steps: int, sabotage: str = "") -> None:
     """One part of a run, in a process of its own."""
     build = run.build_model
-    run.build_model = lambda config: noisy(build(config))
+
+    def built(config: PretrainConfig) -> tuple[nn.Module, tuple[str, ...]]:
+        model, told = build(config)
+        return noisy(model), told
+
+    run.build_model = built
     if sabotage:
         _arm(sabotage)
     places = folder / "parts.txt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,33 @@ def test_the_log_has_every_step_once(finished: Run):
         assert math.isfinite(line["loss"])
         assert line["grad_norm"] > 0
         assert line["tokens"] == line["step"] * 8 * 32
+
+
+def test_methods_of_adapters_act_in_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def trained(method: str, **options: Any) -> Path:
+        section = {"method": method, "rank": 2, "freeze": "none", "options": options}
+        rule = {"pass": "lowrank", "where": {"type": "Linear"}, "with": section}
+        rules = json.dumps({"version": 1, "recipe": method, "rules": [rule]})
+        return pretrain(tiny.digits(f"rules={rules}"), out=tmp_path / method).out
+
+    plain, balanced = tiny.losses(trained("lora")), tiny.losses(trained("reflora", warmup=2))
+    # The step whose factors are rebalanced is the third: the fourth loss shows it.
+    assert balanced[:3] == plain[:3]
+    assert balanced[3] != plain[3]
+    seen: list[Any] = []
+    monkeypatch.setattr(loop.Loop, "run", lambda self, _: seen.append(self))
+    trained("sorsa")
+    penalty = seen[0].penalty(seen[0].plain)
+    assert penalty.requires_grad
+    assert penalty.item() >= 0
+
+
+def test_what_the_plan_warns_of_is_in_the_log(tmp_path: Path):
+    rule = {"pass": "mirror", "where": {"type": "Linear"}, "with": {"map": "block_iaf"}}
+    rules = json.dumps({"version": 1, "recipe": "heavy", "rules": [rule]})
+    out = pretrain(tiny.digits(f"rules={rules}", "train.steps=2"), out=tmp_path / "run").out
+    told = [line["reason"] for line in tiny.log(out, "event")]
+    assert any("times the 2.3 k that they map" in reason for reason in told), told
 
 
 def test_a_batch_in_one_part_is_not_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,10 +27,10 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state: dict[str, Any] = {"step": 0, "at": 5, "path": "blocks.2", "where": "forward"}
     build, loss = run.build_model, Classification.loss
 
-    def built(config: PretrainConfig) -> nn.Module:
-        model = build(config)
+    def built(config: PretrainConfig) -> tuple[nn.Module, tuple[str, ...]]:
+        model, told = build(config)
         model.get_submodule(state["path"]).register_forward_hook(spoil)
-        return model
+        return model, told
 
     def spoil(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         if state["step"] != state["at"]:

@@ -27,6 +27,8 @@ _ROUGH = 0.1
 
 logger = logging.getLogger(__name__)
 
+_CALMER = "lower inner.lr or inner.steps, or use estimator: {name: first-order}"
+
 
 class MetaObjective(Objective):
     """Query loss of tasks after the inner loop.
@@ -195,7 +197,7 @@ def load_extra(learner: Learner, state: Mapping[str, Any]) -> None:
 
 
 def _check_gradient(gradient: Meta, when: str) -> None:
-    """Refuse a meta-gradient that is not finite where all losses are."""
+    """Refuse a meta-gradient that is not finite, or whose norm is not, where all losses are."""
     for part in gradient:
         for name, value in part.items():
             if not bool(torch.isfinite(value).all()):
@@ -203,8 +205,16 @@ def _check_gradient(gradient: Meta, when: str) -> None:
                     f"{when}: the meta-gradient of {name} is not finite, and all losses of the "
                     "inner loops are: it diverged in second derivatives, or in the forward at "
                     "values without one, such as a root of zero",
-                    hint="lower inner.lr or inner.steps, or use estimator: {name: first-order}",
+                    hint=_CALMER,
                 )
+    values = {name: value for part in gradient for name, value in part.items()}
+    if not bool(torch.isfinite(nn.utils.get_total_norm(list(values.values())))):
+        largest = max(values, key=lambda name: float(values[name].abs().max()))
+        raise TrainingError(
+            f"{when}: the meta-gradient diverged: its norm overflows, and the largest entry, of "
+            f"{largest}, is {float(values[largest].abs().max()):.4g}",
+            hint=_CALMER,
+        )
 
 
 def _first(*broken: Tensor) -> int:

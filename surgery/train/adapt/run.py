@@ -18,10 +18,9 @@ from surgery.train.adapt.learner import Learner
 from surgery.train.adapt.objective import MetaObjective, example_of, load_extra
 from surgery.train.checkpoints import read_tensors, write_tensors
 from surgery.train.engine import ranks
-from surgery.train.finetune.around import OfAdapters
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import tokenized
-from surgery.train.run import CONFIG, MODEL, Run, run_job
+from surgery.train.run import CONFIG, MODEL, Job, Run, run_job
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -114,7 +113,7 @@ def _idle_maps(model: nn.Module, adapted: Collection[str]) -> list[str]:
 
 
 @dataclass
-class Adapting(OfAdapters["AdaptConfig"]):
+class Adapting(Job["AdaptConfig"]):
     """A model that is trained to adapt.
 
     Attributes:

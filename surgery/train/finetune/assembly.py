@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from surgery import progress
 from surgery.errors import NoMatch
-from surgery.planning import plan
 from surgery.select import Match, ModelMap, Site, select
+from surgery.train.assembly import rewritten
 from surgery.train.finetune.heads import with_head
 from surgery.train.finetune.source import load_source
 from surgery.train.keeping import Changed
@@ -60,13 +59,8 @@ def build(config: FinetuneConfig | AdaptConfig, data: Data) -> Built:
     fresh = [p for name, p in named_parameters(model) if name in set(headed.new)]
     recipe = config.recipe
     before = None if recipe is None else Changed(model)
-    warnings: tuple[str, ...] = ()
-    if recipe is not None:
-        with progress.task(f"applying {recipe.recipe}"):
-            planned = plan(model, recipe)
-            planned.apply()
-        warnings = planned.warnings
-    else:
+    warnings = () if recipe is None else rewritten(model, recipe)
+    if recipe is None:
         model.requires_grad_(True)
     for parameter in fresh:
         parameter.requires_grad_(True)

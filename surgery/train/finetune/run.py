@@ -18,11 +18,10 @@ from surgery.interchange.peft_folder import write_peft
 from surgery.record import record_of
 from surgery.sources.libraries import installed
 from surgery.table import human_count
-from surgery.train.finetune.around import OfAdapters
 from surgery.train.finetune.assembly import Built, build
 from surgery.train.finetune.source import with_tokenizer
 from surgery.train.keeping import Everything, Kept
-from surgery.train.run import MODEL, Run, run_job
+from surgery.train.run import MODEL, Job, Run, run_job
 from surgery.tree import named_parameters
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def finetune(
 
 
 @dataclass
-class Finetuning(OfAdapters["FinetuneConfig"]):
+class Finetuning(Job["FinetuneConfig"]):
     """A pretrained model that is trained further.
 
     Attributes:

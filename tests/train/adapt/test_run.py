@@ -29,7 +29,9 @@ from surgery.errors import (
 from surgery.train import checkpoints
 from surgery.train.adapt import objective
 from surgery.train.adapt.config import AdaptConfig
+from surgery.train.adapt.estimators import Estimate, FirstOrder
 from surgery.train.adapt.functional import check_functional, episode_mode
+from surgery.train.adapt.inner import Meta, Problem, Task
 from surgery.train.adapt.learner import Learner
 from surgery.train.adapt.objective import MetaObjective, example_of
 from surgery.train.adapt.run import EXTRA, Adapting, adapt, learner
@@ -477,6 +479,24 @@ def test_a_meta_gradient_that_is_not_finite_stops_with_the_parameter(parallel: s
     made.config = made.config.model_copy(update={"inner": mapped})
     aim, batch = MetaObjective(made), example_of(Adapting(made.config).data())
     with pytest.raises(TrainingError, match=r"step 3: the meta-gradient of power is not finite"):
+        aim.loss(made.model, batch, step=3)
+
+
+class Steep(FirstOrder):
+    """Its gradients are finite, and the sum of their squares is not."""
+
+    def __call__(self, problem: Problem, meta: Meta, task: Task) -> Estimate:
+        found = super().__call__(problem, meta, task)
+        return found._replace(gradient=found.gradient.map(lambda value: 0 * value + 1e25))
+
+
+@pytest.mark.parametrize("parallel", ["loop", "vmap"])
+def test_a_meta_gradient_whose_norm_overflows_stops_with_its_largest_entry(parallel: str):
+    made = learner_with(Tied(), f'inner.parallel="{parallel}"')
+    made.estimator = Steep()
+    aim, batch = MetaObjective(made), example_of(Adapting(made.config).data())
+    told = r"step 3: .* its norm overflows, and the largest entry, of first\.weight, is 1e\+25"
+    with pytest.raises(TrainingError, match=told):
         aim.loss(made.model, batch, step=3)
 
 
