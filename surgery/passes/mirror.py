@@ -35,7 +35,7 @@ from surgery.record import Contract, Edit, TensorSpec, record_of
 from surgery.rules import Where, options
 from surgery.select import Match, ModelMap, Site
 from surgery.select.sites import is_layer, own_children
-from surgery.table import human_count
+from surgery.table import human_count, some
 from surgery.tree import (
     children,
     joined,
@@ -598,10 +598,9 @@ def _frozen_duals(edits: Sequence[Edit], context: PlanContext) -> Iterator[str]:
     frozen = [n for n in names if n in parameters and not parameters[n].requires_grad]
     if not frozen:
         return
-    listed = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
     yield (
         f"{len(frozen)} of the {len(names)} parameters that it maps do not require gradients "
-        f"({listed}): as duals they stay where they are, and only their map is trained; call "
+        f"({some(frozen)}): as duals they stay where they are, and only their map is trained; call "
         "requires_grad_(True) on them, or, if a rule froze them, put both rules into one recipe"
     )
 
@@ -614,8 +613,7 @@ def _site(members: Sequence[_Member]) -> str:
 
 
 def _listed(made: Mapping[str, Any]) -> str:
-    names = [joined(*member) for member in made["members"]]
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return some((joined(*member) for member in made["members"]), 1)
 
 
 def _shown(value: object) -> str:

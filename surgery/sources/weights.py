@@ -20,6 +20,7 @@ from torch import Tensor
 
 from surgery.errors import CheckpointError
 from surgery.sources.store import Store
+from surgery.table import some
 from surgery.untrusted.header import GIT_LFS, git_lfs_pointer, read_header
 from surgery.untrusted.index import check_held, check_strays, read_index, shard_missing
 from surgery.untrusted.paths import checked_file
@@ -149,9 +150,7 @@ def check_fit(
 
 
 def _listed(what: str, items: list[str]) -> str:
-    shown = ", ".join(items[:_MAX_LISTED])
-    more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
-    return f"{len(items)} {what} ({shown}{more})"
+    return f"{len(items)} {what} ({some(items, _MAX_LISTED)})"
 
 
 def _names(stem: str, suffix: str, variant: str | None) -> tuple[str, str]:

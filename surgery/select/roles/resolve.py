@@ -17,6 +17,7 @@ from surgery.select.roles.findings import Findings
 from surgery.select.roles.role import Role
 from surgery.select.roles.values import Use
 from surgery.select.sites import is_layer, walk
+from surgery.table import some
 
 _PLAIN_USE = "the forward reads it, but not in a way that a role is defined by"
 _PARAMETRIZED = ".parametrizations."
@@ -77,7 +78,6 @@ def _rest(flow: Dataflow, found: Findings) -> None:
 def _unknown(flow: Dataflow, use: Use) -> str:
     ahead = reach.ends_of(flow, use).uses
     sites = list(dict.fromkeys(flow.evidence.uses[index].site for index in sorted(ahead)))
-    goes = ", ".join(sites[:2]) + (f" and {len(sites) - 2} more" if len(sites) > 2 else "")
-    if not goes:
+    if not sites:
         return "no role's definition fits it; no other weight takes its output"
-    return f"no role's definition fits it; its output goes to {goes}"
+    return f"no role's definition fits it; its output goes to {some(sites, 2)}"
