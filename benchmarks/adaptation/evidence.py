@@ -276,7 +276,21 @@ def section(name: str, cells: Sequence[Cell]) -> str:
     header = ["method", "seeds", *steps, f"{COMPARED} steps less {BASELINE}'s [95%]"]
     header += ["meta-step", f"/ {BASELINE}", "peak memory"]
     budget = f"{max(cell['meta_steps'] for cell in cells)} meta-steps."
-    return f"## {problem.title}\n\n{budget}\n\n{table(header, rows)}\n"
+    return f"## {problem.title}\n\n{budget}\n\n{table(header, rows)}\n\n{summary(cells, problem)}\n"
+
+
+def summary(cells: Sequence[Cell], problem: Problem) -> str:
+    """Which methods differ from the baseline, in a sentence."""
+    baseline = values_of(cells, BASELINE, problem, COMPARED)
+    found: dict[str, list[str]] = {"lower": [], "higher": [], "no difference shown": []}
+    for method in METHODS:
+        shared = values_of(cells, method, problem, COMPARED)
+        pairs = {seed: shared[seed] - baseline[seed] for seed in shared if seed in baseline}
+        if method != BASELINE and len(pairs) > 1:
+            found[Difference(pairs).verdict].append(method)
+    said = [f"{kind.capitalize()}: {'; '.join(each)}." for kind, each in found.items() if each]
+    what = problem.measure.capitalize()
+    return f"{what} after {COMPARED} steps, beside {BASELINE}'s. {' '.join(said)}"
 
 
 def values_of(cells: Sequence[Cell], method: str, problem: Problem, steps: int) -> dict[int, float]:
@@ -347,6 +361,7 @@ def draw(found: Mapping[str, Sequence[Cell]]) -> None:
     panels = figure.subplots(math.ceil(len(found) / 2), 2, squeeze=False).flat
     for axes, (name, cells) in zip(panels, found.items(), strict=False):
         problem = PROBLEMS[name]
+        shown = list[float]()
         for index, method in enumerate(METHODS):
             # Curves of one place would hide each other's intervals.
             shift = 1 + 0.012 * (index - len(METHODS) / 2)
@@ -357,7 +372,13 @@ def draw(found: Mapping[str, Sequence[Cell]]) -> None:
             at = [k * shift for k in AFTER]
             look = canvas.line_look(index)
             axes.errorbar(at, means, halves, capsize=2, elinewidth=0.8, label=method, **look)
+            shown += means
         axes.set_xscale("log")
+        if problem.measure == "loss":
+            # Intervals of what is close to diverging would leave no room for the rest.
+            axes.set_yscale("log", nonpositive="clip")
+            axes.set_ylim(0.6 * min(shown), 1.7 * max(shown))
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(AFTER, [str(k) for k in AFTER])
         axes.minorticks_off()
         axes.set_title(problem.title, fontsize=10)
