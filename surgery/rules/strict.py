@@ -80,7 +80,9 @@ def _told_in_rule_errors(cls: Any) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        kinds = {name: field.annotation for name, field in cls.__pydantic_fields__.items()}
+        # What has a validator of its own says itself which lists it takes.
+        fields = cls.__pydantic_fields__.items()
+        kinds = {name: field.annotation for name, field in fields if not field.metadata}
         # A positional argument too many has no name; pydantic says what is wrong with it.
         placed = [
             _unlisted(value, kinds.get(name))
