@@ -8,8 +8,9 @@
 
 Every method gets the same meta-budget: the same number of meta-steps over the same tasks, with the
 same learning rate. A cell is one method on one problem with one seed; those that are done stay, so
-that the same command goes on where it stopped. Runs stay in ``runs/adaptation``, numbers go to
-``benchmarks/adaptation/results``, and ``docs/adaptation-evidence.md`` is written from those.
+that the same command goes on where it stopped. Runs stay in ``runs/adaptation``, their numbers go
+to ``benchmarks/results/adaptation_evidence.json``, and ``docs/adaptation-evidence.md`` is written
+from those.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ from surgery.train.compare import Difference, student  # noqa: E402
 from surgery.train.views import canvas  # noqa: E402
 
 RUNS = ROOT / "runs" / "adaptation"
-RESULTS = Path(__file__).parent / "results"
+#: A file for each cell that was measured here, so that a run goes on where it stopped.
+RESULTS = RUNS / "results"
+#: All of them, and those that came with the checkout.
+COLLECTED = ROOT / "benchmarks" / "results" / "adaptation_evidence.json"
 PAGE = ROOT / "docs" / "adaptation-evidence.md"
 PICTURE = ROOT / "docs" / "images" / "adaptation-evidence.png"
 SEEDS = (0, 1, 2, 3, 4)
@@ -207,15 +211,32 @@ def mirror(name: str) -> dict[str, Any]:
 
 def write_page() -> None:
     """The page and its picture, from the cells that are done."""
-    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-[0-9].json"))]
+    cells, times = collected()
+    data = {"cells": cells, "times": times}
+    files.write(COLLECTED, json.dumps(data, indent=1) + "\n")
     found = {name: [c for c in cells if c["problem"] == name] for name in PROBLEMS}
     found = {name: ours for name, ours in found.items() if ours}
-    parts = [HEAD, *(section(name, ours) for name, ours in found.items())]
+    parts = [HEAD, *(section(name, ours, times.get(name, {})) for name, ours in found.items())]
     asked = sum(map(len, map(methods_of, PROBLEMS))) * len(SEEDS)
     if len(cells) < asked:
         parts.append(f"{asked - len(cells)} of {asked} cells are not measured yet.\n")
     draw(found)
     files.write(PAGE, "\n".join(parts))
+
+
+def collected() -> tuple[list[Cell], dict[str, Any]]:
+    """The cells, and the times of each problem; what was measured here stands for what came."""
+    came = json.loads(COLLECTED.read_text()) if COLLECTED.exists() else {"cells": [], "times": {}}
+    ours = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-[0-9].json"))]
+    cells = {slot_of(cell): cell for cell in (*came["cells"], *ours)}
+    order = [(p, m, seed) for p in PROBLEMS for m in METHODS for seed in SEEDS]
+    clocks = {p: RESULTS / f"{p}.times.json" for p in PROBLEMS}
+    times = {p: json.loads(path.read_text()) for p, path in clocks.items() if path.exists()}
+    return [cells[slot] for slot in order if slot in cells], {**came["times"], **times}
+
+
+def slot_of(cell: Cell) -> tuple[str, str, int]:
+    return cell["problem"], cell["method"], cell["seed"]
 
 
 HEAD = """# Evidence: fast adaptation
@@ -243,17 +264,15 @@ nothing here was edited by hand.
 - **Peak memory** is by how much the process of a run grows at most, evaluation included; the median
   over the seeds.
 
-These are short runs on one core: they compare methods under one small budget and reach no paper's
-figures (MAML's own runs are of 60,000 meta-steps or more).
+No gradient is clipped. These are short runs on one core: they compare methods under one small
+budget and reach no paper's figures (MAML's own runs are of 60,000 meta-steps or more).
 
 ![Held-out loss and accuracy by inner steps.](images/adaptation-evidence.png)
 """
 
 
-def section(name: str, cells: Sequence[Cell]) -> str:
+def section(name: str, cells: Sequence[Cell], clock: Mapping[str, Any]) -> str:
     problem = PROBLEMS[name]
-    times = RESULTS / f"times-{name}.json"
-    clock = json.loads(times.read_text())["methods"] if times.exists() else {}
     baseline = values_of(cells, BASELINE, problem, COMPARED)
     rows = list[list[str]]()
     for method in METHODS:
@@ -350,9 +369,9 @@ def clock(name: str, rounds: int) -> None:
         }
         for method in timed_methods
     }
-    data = {"problem": name, "rounds": rounds, "torch": torch.__version__, "methods": found}
-    files.write(RESULTS / f"times-{name}.json", json.dumps(data, indent=1) + "\n")
-    print(json.dumps(data, indent=1), flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    files.write(RESULTS / f"{name}.times.json", json.dumps(found, indent=1) + "\n")
+    print(name, json.dumps(found, indent=1), flush=True)
 
 
 def draw(found: Mapping[str, Sequence[Cell]]) -> None:
