@@ -22,7 +22,7 @@ from minilm import console, heading, must, show_proofs
 from torch import Tensor
 
 import surgery
-from surgery import mirrors, shipped
+from surgery import mirrors
 from surgery.train.adapt.learner import Learner
 from surgery.train.adapt.run import Adapting, learner
 from surgery.train.data.base import Samples
@@ -63,7 +63,7 @@ def configuration(steps: int, texts: int, tasks: int) -> surgery.AdaptConfig:
         f"checkpoint.every={steps}",
         "log.tensorboard=false",
     ]
-    return surgery.AdaptConfig.load(shipped.adaptations()["minilm-mirror"], changes)
+    return surgery.AdaptConfig.load("minilm-mirror", changes)
 
 
 def attach(config: surgery.AdaptConfig, proofs: list[tuple[str, str]]) -> None:

@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import Ratio, as_data, both_clocks, interleave, report, table
 from study import started
 
-from surgery import shipped
 from surgery.train import run as runs
 from surgery.train.config import PretrainConfig
 from surgery.train.data import open_data
@@ -69,10 +68,10 @@ PLAIN = (
 
 def configured(name: str) -> PretrainConfig:
     overrides = [*PLAIN, *CASES[name]]
-    config = PretrainConfig.load(shipped.pretraining()[name])
+    config = PretrainConfig.load(name)
     if config.objective.kind == "classification":
         overrides.remove("objective.sample=null")
-    return PretrainConfig.load(shipped.pretraining()[name], overrides)
+    return PretrainConfig.load(name, overrides)
 
 
 def forward_of(config: PretrainConfig) -> Callable[[nn.Module, dict[str, torch.Tensor]], Any]:

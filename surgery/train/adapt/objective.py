@@ -198,23 +198,25 @@ def load_extra(learner: Learner, state: Mapping[str, Any]) -> None:
 
 def _check_gradient(gradient: Meta, when: str) -> None:
     """Refuse a meta-gradient that is not finite, or whose norm is not, where all losses are."""
-    for part in gradient:
-        for name, value in part.items():
-            if not bool(torch.isfinite(value).all()):
-                raise TrainingError(
-                    f"{when}: the meta-gradient of {name} is not finite, and all losses of the "
-                    "inner loops are: it diverged in second derivatives, or in the forward at "
-                    "values without one, such as a root of zero",
-                    hint=_CALMER,
-                )
-    values = {name: value for part in gradient for name, value in part.items()}
-    if not bool(torch.isfinite(nn.utils.get_total_norm(list(values.values())))):
-        largest = max(values, key=lambda name: float(values[name].abs().max()))
-        raise TrainingError(
-            f"{when}: the meta-gradient diverged: its norm overflows, and the largest entry, of "
-            f"{largest}, is {float(values[largest].abs().max()):.4g}",
-            hint=_CALMER,
-        )
+    values = [(name, value) for part in gradient for name, value in part.items()]
+    if bool(torch.isfinite(nn.utils.get_total_norm([value for _, value in values]))):
+        return
+    for name, value in values:
+        if not bool(torch.isfinite(value).all()):
+            raise TrainingError(
+                f"{when}: the meta-gradient of {name} is not finite, and all losses of the inner "
+                "loops are: it diverged in second derivatives, or in the forward at values without "
+                "one, such as a root of zero",
+                hint=_CALMER,
+            )
+    name, largest = max(
+        ((name, float(value.abs().max())) for name, value in values), key=lambda pair: pair[1]
+    )
+    raise TrainingError(
+        f"{when}: the meta-gradient diverged: its norm overflows, and the largest entry, of "
+        f"{name}, is {largest:.4g}",
+        hint=_CALMER,
+    )
 
 
 def _first(*broken: Tensor) -> int:
